@@ -103,6 +103,7 @@ class Layer:
     posterior:SlotGaussian           # q(z^l | x)
     attention:Float[Tensor, 'b k n'] # Softmax over slots at each of the n positions of the encoder's grid
     slots:Float[Tensor, 'b k d']     # The sample that the next layer starts from
+    kl:Float[Tensor, 'b']=None       # Its KL term, nats per image, once a prior has been put to it
 
 @dataclass(frozen=True)
 class Step:

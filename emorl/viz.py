@@ -44,7 +44,7 @@ def _as_rgb(x):
     if x.ndim != 3 or x.shape[0] not in (1, 3): raise EmorlError(f'A panel must be [3 h w], [1 h w] or [h w]; got {list(x.shape)}.')
     return np.nan_to_num(x.astype(np.float64)).clip(0, 1).repeat(3//x.shape[0], 0).transpose(1, 2, 0)
 
-def _width(texts): return max((len(line) for t in texts for line in t.split('\n')), default=0)*.56*_font/72
+def _width(texts): return max((len(line) for t in texts for line in t.split('\n')), default=0)*.6*_font/72
 def _height(texts): return max((t.count('\n') + 1 for t in texts if t), default=0)*_line
 
 def _panel(ax, x, y, w, h, rgb, border):
@@ -60,7 +60,7 @@ def show_images(
     labels:Sequence=(),      # Left of each row, and one more for the row of captions
     captions:Sequence=(),    # Below each column
     borders:Sequence=(),     # Colour of each column's frame, or None for a thin grey one
-    size:float=None,         # Width of a panel in inches; by default as wide as fits a column of text, .65 to 1.2
+    size:float=None,         # Width of a panel in inches; by default as fits a page, but wide enough for the texts
     alt:str='',              # What the figure shows, for those who cannot see it
 )->Figure:                   # Ends a cell, or goes to `save_figure`
     "A grid of images."
@@ -69,12 +69,13 @@ def show_images(
     if not shapes: raise EmorlError('There is no image to show.')
     cols, aspect = max(map(len, rows)), max(s[0]/s[1] for s in shapes)
     left = _width(labels) + .08 if any(labels) else 0
-    w = size or min(1.2, max(.65, (7 - left)/cols - _gap)); h = w*aspect
-    titles = [t.replace('\xad', '' if _width([t]) <= w else '-\n') for t in titles]
+    words = [word for t in (*titles, *captions) for word in t.replace('\xad', '- ').split()]
+    w = size or max(min(1.2, (7 - left)/cols - _gap), .65, _width(words) - _gap); h = w*aspect
+    titles = [t.replace('\xad', '') if _width([t]) <= w + _gap else t.replace('\xad', '-\n').replace(' ', '\n') for t in titles]
     top, bottom = _height(titles), _height(captions)
     W, H = left + cols*(w + _gap) + .02, top + len(rows)*(h + _gap) + bottom + .04
     fig = Picture(figsize=(W, H), dpi=100, facecolor='none'); fig.alt = alt
-    ax = fig.add_axes((0, 0, 1, 1)); ax.axis('off')
+    ax = fig.add_axes((0, 0, 1, 1)); ax.set(xticks=[], yticks=[]); ax.axis('off')
     x, y = [left + _gap/2 + i*(w + _gap) for i in range(cols)], [top + .04 + i*(h + _gap) for i in range(len(rows) + 1)]
     for r, row in enumerate(rows):
         for c, rgb in enumerate(row):
@@ -121,16 +122,17 @@ def mask_image(
 def outline(
     image:Float[Tensor, 'b c h w'],  # Scenes in [0,1]
     masks,                           # Their masks [b k 1 h w] or [b k h w], or integer labels [b h w]
-    scale:int=8,                     # Pixels a side that one pixel becomes; lines are one such pixel wide on each side
+    scale:int=8,                     # Pixels a side that one pixel becomes; a quarter of it is a line's width on each side
 )->Float[Tensor, 'b 3 sh sw']:       # The enlarged scenes
     "Scenes with a line around what each slot owns."
     labels = torch.as_tensor(to_index(masks), device=image.device)
     if labels.shape != image[:, 0].shape: raise EmorlError(f'Image and masks must match; got {list(image.shape)} and {list(labels.shape)}.')
     enlarge = lambda x: x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     image, labels = enlarge(image.detach().float().expand(-1, 3, -1, -1)), enlarge(labels)
-    edge, (h, w) = torch.zeros_like(labels, dtype=torch.bool), labels.shape[1:]
-    down, right = labels[:, 1:] != labels[:, :-1], labels[..., 1:] != labels[..., :-1]
-    edge[:, 1:] |= down; edge[:, :-1] |= down; edge[..., 1:] |= right; edge[..., :-1] |= right
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    for d in range(1, max(1, scale//4) + 1):
+        down, right = labels[:, d:] != labels[:, :-d], labels[..., d:] != labels[..., :-d]
+        edge[:, d:] |= down; edge[:, :-d] |= down; edge[..., d:] |= right; edge[..., :-d] |= right
     return torch.where(edge[:, None], mask_image(labels), image)
 
 # %% ../nbs/api/2B_viz.ipynb #fc5d4e99
@@ -174,7 +176,7 @@ def _figures(steps, index, true):
     names = {'NLL': 'nll', 'KL': 'kl', 'update': 'update_norm'}
     rows = {n: [getattr(s, a, None) for s in steps] for n, a in names.items()}
     rows = {n: ['–' if v is None else _number(float(v[index])) for v in vs] for n, vs in rows.items() if any(v is not None for v in vs)}
-    if true is not None: rows['FG-ARI'] = [f'{ari(true[index][None], s.recon.masks[index:index+1])[0]:.2f}' for s in steps]
+    if true is not None: rows['FG-ARI'] = [f'{ari(true[index][None], s.recon.masks[index:index+1])[0]:.2f}'.replace('-0.00', '0.00') for s in steps]
     return list(rows), [list(col) for col in zip(*rows.values())]
 
 def show_trajectory(
@@ -193,7 +195,7 @@ def show_trajectory(
     attention = [getattr(s, 'attention', None) for s in steps]
     if any(a is not None for a in attention): rows['attention'] = [None, *(None if a is None else mask_image(_soft(a[one], 'attention'))[0] for a in attention)]
     names, numbers = _figures(steps, index, true)
-    return show_images(rows.values(), ['image', *(l.replace(' ', '\n') for l in labels)], [*rows, '\n'.join(names)], ['', *map('\n'.join, numbers)],
+    return show_images(list(rows.values()), ['image', *labels], [*rows, '\n'.join(names)], ['', *map('\n'.join, numbers)],
                        alt=f'One image and {len(steps)} estimates of it: reconstruction, masks' + ', attention'*(len(rows) == 3) + ', and their numbers.')
 
 # %% ../nbs/api/2B_viz.ipynb #b8c6cd4a
