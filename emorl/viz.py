@@ -8,7 +8,7 @@ __all__ = ['Picture', 'show_images', 'slot_colors', 'mask_image', 'outline', 'sl
 
 # %% ../nbs/api/2B_viz.ipynb #321e3edf
 import colorsys, io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ def _as_rgb(x):
 
 def _width(texts): return max((len(line) for t in texts for line in t.split('\n')), default=0)*.6*_font/72
 def _height(texts): return max((t.count('\n') + 1 for t in texts if t), default=0)*_line
+def _text(ax, x, y, text, va, ha='center'): ax.text(x, y, text, va=va, ha=ha, ma=ha, color=_ink, fontsize=_font, linespacing=1.15)
 
 def _panel(ax, x, y, w, h, rgb, border):
     "Draw one panel with its frame; its upper left corner is (x, y)."
@@ -80,12 +81,9 @@ def show_images(
     for r, row in enumerate(rows):
         for c, rgb in enumerate(row):
             if rgb is not None: _panel(ax, x[c], y[r], w, min(h, w*rgb.shape[0]/rgb.shape[1]), rgb, borders[c] if c < len(borders) else None)
-    text = dict(color=_ink, fontsize=_font, linespacing=1.15)
-    for a, t in zip(x, titles): ax.text(a + w/2, top, t, ha='center', va='bottom', **text)
-    for a, t in zip(x, captions): ax.text(a + w/2, y[-1], t, ha='center', va='top', **text)
-    for r, t in enumerate(labels):
-        if r < len(rows): ax.text(left - .06, y[r] + h/2, t, ha='right', va='center', ma='right', **text)
-        else: ax.text(left - .06, y[-1], t, ha='right', va='top', ma='right', **text)
+    for a, t in zip(x, titles): _text(ax, a + w/2, top - .03, t, va='baseline')
+    for a, t in zip(x, captions): _text(ax, a + w/2, y[-1], t, va='top')
+    for r, t in enumerate(labels): _text(ax, left - .06, *((y[r] + h/2, t, 'center') if r < len(rows) else (y[-1], t, 'top')), 'right')
     ax.set(xlim=(0, W), ylim=(H, 0))
     return fig
 
@@ -181,21 +179,20 @@ def _figures(steps, index, true):
 
 def show_trajectory(
     image:Float[Tensor, 'b c h w'],  # The scenes that were inferred
-    steps:Sequence,                  # Estimates in order, such as `Step`s
-    labels:Sequence=None,            # What to call them; by default their `label`, or their number
+    steps:Mapping|Sequence,          # Estimates in order, such as `Step`s; by name, or simply numbered
     true=None,                       # True labels [b h w]: adds FG-ARI
     index:int=0,                     # Which scene of the batch
 )->Figure:                           # One column per step, after the image
     "What one image's estimates paint, own and attend to, step by step, with their numbers."
     if not steps: raise EmorlError('A trajectory needs at least one step; got none.')
-    labels = labels or [getattr(s, 'label', None) or f'step {i}' for i, s in enumerate(steps)]
+    names, steps = (list(steps), list(steps.values())) if isinstance(steps, Mapping) else ([f'step {i}' for i in range(len(steps))], steps)
     one = slice(index, index + 1)
     rows = {'recon-\nstruction': [image[index], *(s.recon.image[index] for s in steps)],
             'masks': [None, *(mask_image(s.recon.masks[one])[0] for s in steps)]}
     attention = [getattr(s, 'attention', None) for s in steps]
     if any(a is not None for a in attention): rows['attention'] = [None, *(None if a is None else mask_image(_soft(a[one], 'attention'))[0] for a in attention)]
-    names, numbers = _figures(steps, index, true)
-    return show_images(list(rows.values()), ['image', *labels], [*rows, '\n'.join(names)], ['', *map('\n'.join, numbers)],
+    quantities, numbers = _figures(steps, index, true)
+    return show_images(list(rows.values()), ['image', *names], [*rows, '\n'.join(quantities)], ['', *map('\n'.join, numbers)],
                        alt=f'One image and {len(steps)} estimates of it: reconstruction, masks' + ', attention'*(len(rows) == 3) + ', and their numbers.')
 
 # %% ../nbs/api/2B_viz.ipynb #b8c6cd4a

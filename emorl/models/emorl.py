@@ -26,6 +26,11 @@ from ..prior import ConditionalPrior, hierarchical_kl
 from ..refinement import Refiner
 
 # %% ../../nbs/api/30_emorl.ipynb #36eb0886
+def _tuples(v):
+    "Lists inside plain values, as JSON has them, made tuples again."
+    if isinstance(v, dict): return {k: _tuples(x) for k, x in v.items()}
+    return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+
 @dataclass(frozen=True)
 class EmorlConfig:
     "Shape of an EfficientMORL; the defaults are the published Tetrominoes model."
@@ -51,7 +56,7 @@ class EmorlConfig:
     def from_dict(cls, d:dict)->'EmorlConfig':
         "From plain values, as JSON has them; an `EmorlError` names an unknown key and the nearest known one."
         for k in d: lookup(k, {f.name: f for f in fields(cls)}, 'setting of the model')
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+        return cls(**_tuples(d))
 
 # %% ../../nbs/api/30_emorl.ipynb #067f4143
 class _Draw:
