@@ -32,6 +32,7 @@ class BottomUp(nn.Module):
         gru:str='dual',       # 'dual' or 'single', see `layers`
         gru_init:str='normal',# Initialisation of its weights
         gain:float=.02,       # Xavier gain of everything else
+        raw_bias:float=0.,    # Where the raw scales start; published 0, a posterior std of .8
     ):
         super().__init__()
         d = slot_size
@@ -39,6 +40,7 @@ class BottomUp(nn.Module):
         self.norm_slots, self.norm_loc, self.norm_raw = (nn.LayerNorm(d) for _ in range(3))
         self.to_q, self.to_k, self.to_v = (xavier_(nn.Linear(i, d, bias=False), gain) for i in (d, features, features))
         self.mlp_loc, self.mlp_raw = (xavier_(mlp(d, 2*d, d), gain) for _ in range(2))
+        nn.init.constant_(self.mlp_raw[-1].bias, raw_bias)
         self.gru = lookup(gru, {'dual': DualGRU, 'single': lambda d, init: SingleGRU(d, init, gain)}, 'GRU')(d, gru_init)
 
     def initial(self, batch:int, num_slots:int)->SlotGaussian:

@@ -21,20 +21,20 @@ def _stretch(x, size, dim):
     "Repeat the middle entry of a dimension (odd length) until it has `size` entries."
     p = x.shape[dim]//2
     middle = x.narrow(dim, p, 1).expand(*(size - 2*p if i == dim % x.ndim else n for i, n in enumerate(x.shape)))
-    return torch.cat([x.narrow(dim, 0, p), middle, x.narrow(dim, p + 1, p)], dim) if p else middle
+    return torch.cat([x.narrow(dim, 0, p), middle, x.narrow(dim, p + 1, p)], dim)
 
 def conv_constant(
     conv:nn.Conv2d,                # Stride 1, padding smaller than the kernel
     slots:Float[Tensor, 'n d'],    # Constant over space
     height:int, width:int,         # Size of the output
-)->Float[Tensor, 'n o h w']:       # Without the bias
+)->Float[Tensor, 'n o h w']:       # Without the bias; [n o 1 1] without padding, where all pixels are alike
     "What `conv` makes of slots broadcast over space, by its few distinct cases."
     p, k = conv.padding[0], conv.kernel_size[0]
     ones = F.pad(conv.weight.new_ones(k), (p, p))                              # One row of input, just large enough for every case
     taps = torch.stack([ones[i:i+k] for i in range(2*p + 1)])                  # Which kernel taps fall inside, per case
     cases = torch.einsum('odyx,iy,jx->odij', conv.weight, taps, taps)
     out = torch.einsum('nd,odij->noij', slots, cases)
-    return _stretch(_stretch(out, height, 2), width, 3)
+    return _stretch(_stretch(out, height, 2), width, 3) if p else out
 
 # %% ../nbs/api/21_decoder.ipynb #6096c34b
 class BroadcastDecoder(nn.Module):
@@ -69,7 +69,8 @@ class BroadcastDecoder(nn.Module):
         if self.factored:
             first, rest = self.convs[0], self.convs[1:]
             shared = first(grid[None])
-            x = rest(conv_constant(first, flat, *shared.shape[2:]) + shared)
+            x = conv_constant(first, flat, *shared.shape[2:]).movedim(1, -1) + shared.movedim(1, -1)
+            x = rest(x.contiguous().movedim(-1, 1)) # Channels last: convolutions of few channels are faster so
         else: x = self.convs(flat[..., None, None] + grid)
         return _as_painting(x, slots.shape[:2])
 

@@ -20,12 +20,14 @@ class ConditionalPrior(nn.Module):
     def __init__(self,
         slot_size:int,     # Latents per slot, D
         gain:float=.02,    # Xavier gain
+        raw_bias:float=0., # Where the raw scales start
         hidden:int=128,    # Hidden units
     ):
         super().__init__()
         self.hidden, self.loc, self.raw = nn.Linear(slot_size, hidden), nn.Linear(hidden, slot_size), nn.Linear(hidden, slot_size)
         self.act = nn.ELU()
         xavier_(self, gain)
+        nn.init.constant_(self.raw.bias, raw_bias)
 
     def forward(self, slots:Float[Tensor, 'b k d'])->SlotGaussian:
         "Prior of every slot."

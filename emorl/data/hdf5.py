@@ -42,12 +42,18 @@ def _part(table, columns):
     return {k: table[..., i if k in vector else i[0]].astype(np.float32) for k, i in groups.items()}
 
 # %% ../../nbs/api/29_hdf5.ipynb #dfd1792a
+def _text(item, name, default=''):
+    "A text attribute of fixed length; others (whose text lies in a heap of its own, where damage can make the library loop) are left alone."
+    if name not in item.attrs or item.attrs.get_id(name).dtype.kind != 'S': return default
+    return bytes(item.attrs[name]).decode(errors='replace')
+
 @contextmanager
 def _sentences(path, doing='cannot be read'):
     "Errors of the HDF5 library, as an `EmorlError` that names the file."
     try: yield
     except FileNotFoundError as e: raise EmorlError(f'There is no file {path}.') from e
-    except (OSError, RuntimeError, KeyError) as e:
+    except EmorlError: raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError) as e:  # a damaged file gives any of these
         said = str(e)
         why = ('it is no HDF5 file' if 'signature not found' in said else 'it is cut short' if 'truncated' in said else
                'it is damaged or no regular HDF5 file ({})'.format(said.splitlines()[0][:200] if said else type(e).__name__))
@@ -78,7 +84,7 @@ def _head(group, where):
         if list(d.shape) != want: raise EmorlError(f'{where}: {k} beside imgs {list(sets["imgs"].shape)} are {want}, not {list(d.shape)}.')
     columns = None
     if 'factors' in sets:
-        width, names = sets['factors'].shape[2], [str(c) for c in sets['factors'].attrs.get('columns', ())]
+        width, names = sets['factors'].shape[2], _text(sets['factors'], 'columns').split()
         columns = names if len(names) == width else _clevr_columns if width == len(_clevr_columns) else [f'factors.{i}' for i in range(width)]
     return n, (c, h, w), entities, columns
 
@@ -114,7 +120,7 @@ class HDF5Scenes:
         self._stamp = self._seen()
         with _sentences(path), h5py.File(path, 'r') as f:
             self.num, self.image_size, self.num_entities, self.columns = _head(f[split], f'{path}, {split}')
-            self.dtype, self.name = str(f[split]['imgs'].dtype), str(f[split].attrs.get('name', self.path.stem))
+            self.dtype, self.name = str(f[split]['imgs'].dtype), _text(f[split], 'name', self.path.stem)
 
     def __len__(self): return self.num
     def __repr__(self): return f'HDF5Scenes({self.path.name}, {self.split!r}: {self.num} scenes {self.image_size})'
@@ -137,7 +143,7 @@ class HDF5Scenes:
         where = f'{self.path}, {self.split}'
         with _sentences(self.path, f'cannot be read ({self.split}, scenes {idx.min() if idx.size else 0} to {idx.max() if idx.size else 0})'):
             group = self._group()
-            got = {k: _rows(group[k], idx) for k in ('imgs', 'masks', 'factors') if k in group}
+            got = {k: _rows(group[k], idx) for k in ('imgs', 'masks', 'factors') if isinstance(group.get(k), h5py.Dataset)}
         image = np.ascontiguousarray(_to_bytes(got['imgs'], where).transpose(0, 3, 1, 2))
         mask = _mask(got['masks'][..., 0], where, idx) if 'masks' in got else None
         factors = _part(got['factors'], self.columns) if 'factors' in got else {}
@@ -194,11 +200,11 @@ def _write_split(group, source, batch_size, progress, check):
             if not sets:
                 k = (source if known else scenes).num_entities
                 sets = {name: _growing(group, name, a.shape[1:], a.dtype) for name, a in _stored(scenes[:0], k).items()}
-                if scenes.factors: sets['factors'].attrs['columns'] = _columns(scenes.factors)
+                if scenes.factors: sets['factors'].attrs['columns'] = np.bytes_(' '.join(_columns(scenes.factors)))
             for name, rows in _stored(scenes, k).items(): _append(sets[name], rows)
             check(); bar.update(len(scenes))
     if not sets: raise EmorlError(f'There are no scenes to write for the split {group.name.strip("/")}.')
-    group.attrs['name'] = getattr(source, 'name', 'scenes')
+    group.attrs['name'] = np.bytes_(getattr(source, 'name', 'scenes'))
 
 def write_hdf5(
     path:str|Path,       # Where the file shall stand
@@ -209,6 +215,6 @@ def write_hdf5(
     "Write an HDF5 file in the published layout; whole, or not at all."
     with write_beside(path) as beside, _Disk(beside, 'w+') as disk:
         try:
-            with h5py.File(disk, 'w') as f:
+            with h5py.File(disk, 'w', libver='v110') as f:
                 for name, source in splits.items(): _write_split(f.create_group(name), source, batch_size, progress, disk.check)
         finally: disk.check()

@@ -42,6 +42,7 @@ class EmorlConfig:
     gru:str = 'dual'              # 'dual' or 'single'
     gru_init:str = 'normal'       # 'normal' (published for the dual GRU), 'xavier', 'torch'
     gain:float = .02              # Xavier gain of all linear and convolution layers
+    raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
     decoder:str = 'small'         # 'small', 'iodine' or 'big'
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
@@ -97,9 +98,9 @@ class EfficientMORL(nn.Module):
     ):
         super().__init__()
         self.config = c = config
-        self.encoder = Encoder(**(c.encoder | {'gain': c.gain}))
-        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain)
-        self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain), Refiner(c.slot_size, c.gain)
+        self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
+        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias)
+        self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), Refiner(c.slot_size, c.gain)
         self.decoder = make_decoder(c.decoder, c.slot_size, **({'gain': c.gain} | c.decoder_options))
         self.likelihood = partial(lookup(c.likelihood, likelihoods, 'likelihood'), std=c.std)
         channels = self.encoder.convs[0].in_channels
