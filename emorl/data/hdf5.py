@@ -107,6 +107,20 @@ def _to_bytes(imgs, where):
     return whole.astype(np.uint8)
 
 # %% ../../nbs/api/29_hdf5.ipynb #52671d90
+def _mask(masks, where, idx):
+    "Index map of stored masks; if they are no partition, the message names the scene by its number in the file."
+    try: return index_map(masks)
+    except EmorlError:
+        for i, m in zip(idx, masks): index_map(m[None], f'{where}, scene', int(i))
+        raise
+
+def _stamp(path):
+    "Size and time of a file: what changes when it is replaced."
+    with _sentences(path): s = os.stat(path); return s.st_size, s.st_mtime_ns
+
+def _visible(mask, k): return (mask[:, None] == np.arange(k, dtype=np.uint8)[:, None, None]).any((2, 3)).astype(np.float32)
+
+# %% ../../nbs/api/29_hdf5.ipynb #9e7be605
 class HDF5Scenes:
     "One split of an HDF5 file in the published layout; picklable, and safe to use after `fork`."
     def __init__(self,
@@ -114,10 +128,9 @@ class HDF5Scenes:
         split:str='test',  # Which of its groups
     ):
         self.path, self.split, self._file, self._pid = Path(path), split, None, None
-        splits = hdf5_splits(path)
-        if not splits: raise EmorlError(f'{path} is HDF5, but has no group with `imgs` in it, which is what a split is.')
+        if not (splits := hdf5_splits(path)): raise EmorlError(f'{path} is HDF5, but no group in it holds `imgs`, as a split does.')
         lookup(split, dict.fromkeys(splits), f'split of {path}')
-        self._stamp = self._seen()
+        self._stamp = _stamp(path)
         with _sentences(path), h5py.File(path, 'r') as f:
             self.num, self.image_size, self.num_entities, self.columns = _head(f[split], f'{path}, {split}')
             self.dtype, self.name = str(f[split]['imgs'].dtype), _text(f[split], 'name', self.path.stem)
@@ -125,23 +138,20 @@ class HDF5Scenes:
     def __len__(self): return self.num
     def __repr__(self): return f'HDF5Scenes({self.path.name}, {self.split!r}: {self.num} scenes {self.image_size})'
     def __getstate__(self): return self.__dict__ | dict(_file=None, _pid=None)
-    def _seen(self):
-        with _sentences(self.path): s = os.stat(self.path); return s.st_size, s.st_mtime_ns
     def close(self):
         "Close this process's handle; the next read opens another."
-        if self._file: self._file.close()
-        self._file = None
+        if self._file: self._file = self._file.close()
     def _group(self):
         if self._file is None or self._pid != os.getpid():
             self.close()
-            if self._seen() != self._stamp: raise EmorlError(f'{self.path} was replaced after it was opened.')
+            if _stamp(self.path) != self._stamp: raise EmorlError(f'{self.path} was replaced after it was opened.')
             self._file, self._pid = h5py.File(self.path, 'r'), os.getpid()
         return self._file[self.split]
     def batch(self, indices)->Scenes:
         "The scenes at `indices`, in that order."
-        idx = check_indices(indices, self.num, f'{self.path}, {self.split}')
         where = f'{self.path}, {self.split}'
-        with _sentences(self.path, f'cannot be read ({self.split}, scenes {idx.min() if idx.size else 0} to {idx.max() if idx.size else 0})'):
+        idx = check_indices(indices, self.num, where)
+        with _sentences(self.path, f'cannot be read ({self.split}, scenes {min(idx, default=0)} to {max(idx, default=0)})'):
             group = self._group()
             got = {k: _rows(group[k], idx) for k in ('imgs', 'masks', 'factors') if isinstance(group.get(k), h5py.Dataset)}
         image = np.ascontiguousarray(_to_bytes(got['imgs'], where).transpose(0, 3, 1, 2))
@@ -150,46 +160,47 @@ class HDF5Scenes:
         if mask is not None and 'visibility' not in factors: factors['visibility'] = _visible(mask, self.num_entities)
         return Scenes(image, mask, factors)
 
-def _mask(masks, where, idx):
-    "Index map of stored masks; if they are no partition, the message names the scene by its number in the file."
-    try: return index_map(masks)
-    except EmorlError:
-        for i, m in zip(idx, masks): index_map(m[None], f'{where}, scene', int(i))
-        raise
-
-def _visible(mask, k): return (mask[:, None] == np.arange(k, dtype=np.uint8)[:, None, None]).any((2, 3)).astype(np.float32)
-
 # %% ../../nbs/api/29_hdf5.ipynb #b75a6fa8
 class _Disk(io.FileIO):
     "A file for HDF5 to write to; keeps the first error instead of raising it under the library's feet."
-    error = None
+    error, put = None, io.FileIO.write
     def _keep(self, act, default):
         if self.error is None:
             try: return act()
             except OSError as e: self.error = e
         return default
-    def write(self, data): return self._keep(lambda: super(_Disk, self).write(data), memoryview(data).nbytes)
-    def truncate(self, size=None): return self._keep(lambda: super(_Disk, self).truncate(size), size)
+    def write(self, data):
+        "All of `data`; the system may take it in pieces."
+        left = memoryview(data).cast('B')
+        def act(rest=left):
+            while rest: rest = rest[self.put(rest):]
+        self._keep(act, None)
+        return len(left)
+    def truncate(self, size=None): return self._keep(lambda: io.FileIO.truncate(self, size), size)
     def check(self):
         "Raise what was kept."
         if self.error is not None: raise self.error
 
 # %% ../../nbs/api/29_hdf5.ipynb #f8ce5686
-def _growing(group, name, shape, dtype, **kw):
+def _growing(group, name, shape, dtype):
     "An empty dataset of rows `shape`, to be appended to."
     rows = max(1, min(1024, 2**16//max(1, int(np.prod(shape))*np.dtype(dtype).itemsize)))
-    return group.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(rows, *shape), compression='gzip', compression_opts=1, fletcher32=True, **kw)
+    return group.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(rows, *shape),
+                                compression='gzip', compression_opts=1, fletcher32=True)
 
 def _append(dset, rows):
-    if rows.shape[1:] != dset.shape[1:]: raise EmorlError(f'Scenes of one split have one shape; after {dset.name} {list(dset.shape[1:])} came {list(rows.shape[1:])}.')
+    was, now = list(dset.shape[1:]), list(rows.shape[1:])
+    if was != now: raise EmorlError(f'Scenes of one split have one shape; after {dset.name} {was} came {now}.')
     dset.resize(len(dset) + len(rows), 0)
     dset[len(dset) - len(rows):] = rows
 
 def _stored(scenes, k):
     "The arrays of some scenes as the file holds them."
-    masks = {} if scenes.mask is None else {'masks': (scenes.mask[:, None] == np.arange(k, dtype=np.uint8)[:, None, None]).astype(np.uint8)[..., None]*255}
+    one_hot = lambda mask: mask[:, None] == np.arange(k, dtype=np.uint8)[:, None, None]
+    masks = {} if scenes.mask is None else {'masks': one_hot(scenes.mask).astype(np.uint8)[..., None]*255}
     return {'imgs': scenes.image.transpose(0, 2, 3, 1)} | masks | ({'factors': _join(scenes.factors)} if scenes.factors else {})
 
+# %% ../../nbs/api/29_hdf5.ipynb #d2c3632d
 def _write_split(group, source, batch_size, progress, check):
     "Append all scenes of `source` to the arrays of a split."
     sets, known, k = {}, hasattr(source, 'batch'), 0
@@ -206,6 +217,7 @@ def _write_split(group, source, batch_size, progress, check):
     if not sets: raise EmorlError(f'There are no scenes to write for the split {group.name.strip("/")}.')
     group.attrs['name'] = np.bytes_(getattr(source, 'name', 'scenes'))
 
+# %% ../../nbs/api/29_hdf5.ipynb #98d80955
 def write_hdf5(
     path:str|Path,       # Where the file shall stand
     splits:Mapping,      # Name of a split -> a `SceneDataset` or an iterable of `Scenes`
@@ -213,6 +225,7 @@ def write_hdf5(
     progress:bool=False, # Show a bar for each split
 ):
     "Write an HDF5 file in the published layout; whole, or not at all."
+    if Path(path).is_dir(): raise EmorlError(f'{path} is a folder; an HDF5 file cannot stand in its place.')
     with write_beside(path) as beside, _Disk(beside, 'w+') as disk:
         try:
             with h5py.File(disk, 'w', libver='v110') as f:

@@ -98,6 +98,7 @@ class SceneDataset(Protocol):
     def __len__(self)->int: ...
     def batch(self, indices)->Scenes: ...
 
+# %% ../../nbs/api/16_scenes.ipynb #663dac75
 @dataclass(frozen=True)
 class InMemory:
     "A dataset of scenes that are there already."
@@ -159,10 +160,11 @@ def random_bits(
     draw=0,    # Which of its random numbers; broadcast against `index`
 )->np.ndarray: # uint64
     "64 random bits that depend on (seed, index, draw) alone."
-    h = _word(seed)
+    h = _mix(_word(seed))
     for x in (index, draw): h = _mix(h + (_word(x) + np.uint64(1))*np.uint64(_gamma))
     return h
 
+# %% ../../nbs/api/16_scenes.ipynb #1a9496fc
 def random_uniform(seed:int, index, draw=0)->np.ndarray:
     "Uniform float64 in [0,1), one per (index, draw)."
     return (random_bits(seed, index, draw) >> np.uint64(11))*2.**-53

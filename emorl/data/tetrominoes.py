@@ -40,7 +40,7 @@ def render(
 )->Scenes:
     "Scenes of `k` tetrominoes, bit for bit as in the published files; where objects overlap, the later one is seen."
     shape, colour, xy = (np.asarray(a, np.int64) for a in (shape, colour, xy))
-    if shape.size and not (1 <= shape.min() and shape.max() <= 19): raise EmorlError(f'A tetromino is numbered 1 to 19, not {shape.min()} to {shape.max()}.')
+    if ((shape < 1) | (shape > 19)).any(): raise EmorlError(f'A tetromino is numbered 1 to 19, not {shape.min()} to {shape.max()}.')
     if ((xy < 0) | (xy >= _room[shape - 1])).any(): raise EmorlError(f'A tetromino does not lie inside the {_side}x{_side} image.')
     n, k = shape.shape
     at = (xy @ [_side, 1])[..., None] + _offsets[shape - 1] + np.arange(n)[:, None, None]*_side**2  # [n k 100] in [n h w]
@@ -73,6 +73,7 @@ def _clear(
             ok &= (gap >= _tile).all((-1, -2))
     return ok
 
+# %% ../../nbs/api/25_tetrominoes.ipynb #254cfdba
 def sample(
     seed:int,   # Any integer
     indices,    # Numbers of the scenes [n]
@@ -114,10 +115,11 @@ class Tetrominoes:
 
 # %% ../../nbs/api/25_tetrominoes.ipynb #d37bbb10
 _real = np.array([
-    [[ 6, 3, 22,  0], [ 5, 1, 11, 19], [15, 2, 24, 20]], [[ 9, 3, 12,  3], [14, 5, 17, 20], [ 5, 3,  0, 19]], [[13, 4, 12,  3], [ 5, 1, 22,  4], [ 2, 4,  4, 22]],
-    [[14, 3, 14, 19], [11, 4, 20,  0], [16, 2,  2,  1]], [[18, 5,  3,  2], [17, 0, 15,  4], [13, 2, 15, 19]], [[ 7, 5, 16, 25], [19, 1,  9,  7], [16, 2,  2, 20]],
-    [[12, 1,  2,  0], [ 7, 5, 13,  1], [18, 4,  0, 23]], [[ 9, 0, 14, 25], [16, 1,  1,  8], [16, 4, 18,  8]], [[15, 0, 25, 12], [15, 3,  5,  5], [ 3, 5, 17,  7]],
-    [[10, 1, 16,  5], [ 3, 4, 25, 16], [ 2, 5,  1, 25]]])
+    [[ 6, 3, 22,  0], [ 5, 1, 11, 19], [15, 2, 24, 20]], [[ 9, 3, 12,  3], [14, 5, 17, 20], [ 5, 3,  0, 19]],
+    [[13, 4, 12,  3], [ 5, 1, 22,  4], [ 2, 4,  4, 22]], [[14, 3, 14, 19], [11, 4, 20,  0], [16, 2,  2,  1]],
+    [[18, 5,  3,  2], [17, 0, 15,  4], [13, 2, 15, 19]], [[ 7, 5, 16, 25], [19, 1,  9,  7], [16, 2,  2, 20]],
+    [[12, 1,  2,  0], [ 7, 5, 13,  1], [18, 4,  0, 23]], [[ 9, 0, 14, 25], [16, 1,  1,  8], [16, 4, 18,  8]],
+    [[15, 0, 25, 12], [15, 3,  5,  5], [ 3, 5, 17,  7]], [[10, 1, 16,  5], [ 3, 4, 25, 16], [ 2, 5,  1, 25]]])
 
 def tetrominoes_real()->InMemory:
     "Ten scenes of the published Tetrominoes file, drawn anew bit for bit."

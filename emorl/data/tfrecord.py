@@ -41,6 +41,7 @@ def _record(stream, path, i):
     if struct.unpack('<I', crc)[0] != _masked_crc(payload): raise EmorlError(f'{where} is damaged: the checksum of its {size} bytes is wrong.')
     return payload
 
+# %% ../../nbs/api/28_tfrecord.ipynb #53e0f502
 def read_records(
     path:str|Path, # A TFRecord file, plain or gzip
 )->Iterator[bytes]:
@@ -98,6 +99,7 @@ def _integers(buf):
     packed = np.add.reduceat(parts, starts) if raw.size else np.zeros(0, np.uint64)
     return np.concatenate([packed, np.array([v % 2**64 for v in values if isinstance(v, int)], np.uint64)]).view(np.int64)
 
+# %% ../../nbs/api/28_tfrecord.ipynb #fc07811a
 _lists = {1: _bytes, 2: _floats, 3: _integers}
 
 def parse_example(
@@ -130,8 +132,8 @@ schemas = {s.name: s for s in (
     Schema('multi_dsprites_binarized', (64, 64, 1), 4, 'h w k', _sprite | {'color': (1,)}),
     Schema('multi_dsprites_colored_on_grayscale', (64, 64, 3), 6, 'h w k', _sprite | {'color': (3,)}),
     Schema('multi_dsprites_colored_on_colored', (64, 64, 3), 5, 'h w k', _sprite | {'color': (3,)}),
-    Schema('clevr_with_masks', (240, 320, 3), 11, 'k h w', dict.fromkeys(('x', 'y', 'z', 'rotation', 'size', 'material', 'shape', 'color', 'visibility'), ())
-           | {'pixel_coords': (3,)}))}
+    Schema('clevr_with_masks', (240, 320, 3), 11, 'k h w',
+           dict.fromkeys(('x', 'y', 'z', 'rotation', 'size', 'material', 'shape', 'color', 'visibility'), ()) | {'pixel_coords': (3,)}))}
 
 def _sizes(s): h, w, c = s.image; return h*w*c, h*w*s.entities
 
@@ -155,9 +157,10 @@ def _checked(features, schema, where):
     for k, n in want.items():
         if k not in features: raise EmorlError(f'{where} lacks the feature {k!r} of {schema.name}; it has {", ".join(sorted(features)) or "none"}.')
         if features[k].size != n: raise EmorlError(f'{where}: the feature {k!r} of {schema.name} has {n} numbers, not {features[k].size}.')
-        if k in ('image', 'mask') and features[k].dtype != np.uint8: raise EmorlError(f'{where}: the feature {k!r} is made of bytes, not {features[k].dtype}.')
+        if k in ('image', 'mask') and features[k].dtype != np.uint8: raise EmorlError(f'{where}: {k!r} is made of bytes, not {features[k].dtype}.')
     return {k: features[k] for k in want}
 
+# %% ../../nbs/api/28_tfrecord.ipynb #886cf7ef
 def _scenes(rows, schema, path, first):
     "Checked features of records `first`, `first + 1`, ... as scenes."
     (h, w, c), k, n = schema.image, schema.entities, len(rows)
@@ -185,6 +188,7 @@ def read_tfrecord(
         first += len(rows)
     if not first: raise EmorlError(f'{path} holds no record.')
 
+# %% ../../nbs/api/28_tfrecord.ipynb #d4626a03
 def tfrecord_schema(
     path:str|Path, # A TFRecord file
 )->Schema:

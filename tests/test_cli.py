@@ -1,0 +1,134 @@
+"What a notebook cannot show: commands as processes, signals, full disks, several processes."
+import errno, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+import emorl.cli
+from emorl.checkpoint import checkpoints, load
+
+bin = Path(sys.executable).parent
+quick = ['--batch-size', '4', '--eval-images', '4', '--eval-every', '4', '--save-every', '4']
+
+def run(cmd, *args, ok=0, **kw):
+    "Output of a command, which must leave with code `ok` and without a trace."
+    p = subprocess.run([bin/cmd, *map(str, args)], capture_output=True, text=True, timeout=300, **kw)
+    assert p.returncode == ok, p.stderr[-2000:]
+    assert 'Traceback' not in p.stderr
+    return p.stdout, p.stderr
+
+@pytest.fixture
+def error(capsys):
+    "The one line a failing command prints, without its name. In this process: starting one takes seconds."
+    def error(cmd, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: getattr(emorl.cli, cmd)([str(a) for a in args])
+        out, err = capsys.readouterr()
+        assert e.value.code == 1 and not out and 'Traceback' not in err, (out, err)
+        lines = [l for l in err.splitlines() if l.startswith(f'{cmd}: ')]
+        assert len(lines) == 1, err
+        return lines[0].removeprefix(f'{cmd}: ')
+    return error
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run of six steps."
+    out = tmp_path_factory.mktemp('runs')/'six'
+    run('emorl_train', 'tetrominoes_cpu', '--out', out, '--num-steps', 6, *quick)
+    return out
+
+def test_train_leaves_a_run(trained):
+    assert {p.name for p in trained.iterdir()} == {'checkpoints', 'metrics.jsonl', 'tb'}
+    assert [c.name for c in checkpoints(trained)] == ['step-00000004', 'step-00000006']
+    lines = [json.loads(l) for l in (trained/'metrics.jsonl').read_text().splitlines()]
+    assert any('ari_fg' in l for l in lines) and lines[-1]['step'] == 6
+
+def test_evaluate_as_json(trained, tmp_path):
+    out, _ = run('emorl_evaluate', trained, '--data', 'tetrominoes_real', '--json', '--out', tmp_path)
+    res = json.loads(out)
+    assert res['num_images'] == 10
+    for k in ('ari_fg', 'mse', 'kl', 'nll'):
+        assert {'mean', 'std', 'ci95'} <= res[k].keys() and res[k]['ci95'][0] <= res[k]['mean'] <= res[k]['ci95'][1]
+    assert json.loads((tmp_path/'results.json').read_text())['tetrominoes_real'] == res
+    assert (tmp_path/'slots.png').read_bytes().startswith(b'\x89PNG')
+
+def test_evaluate_prints_a_table_per_dataset(trained):
+    out, _ = run('emorl_evaluate', trained, '--data', 'tetrominoes', 'tetrominoes_real', '--num-images', 10)
+    assert out.count('ari_fg') == 2 and 'tetrominoes_real, 10 images' in out
+
+def test_real_file_equals_rendered_scenes(trained):
+    path = Path(__file__).parents[2]/'shared/data/tetrominoes_mini.tfrecords'
+    if not path.exists(): pytest.skip(f'{path.name} is not beside the project')
+    a, b = (json.loads(run('emorl_evaluate', trained, '--data', d, '--json')[0]) for d in (path, 'tetrominoes_real'))
+    assert {k: a[k] for k in ('ari_fg', 'mse', 'kl', 'nll')} == {k: b[k] for k in ('ari_fg', 'mse', 'kl', 'nll')}
+
+def test_resume_and_overwrite(error, tmp_path):
+    args = ['tetrominoes_cpu', '--out', tmp_path/'r', '--seed', 1, *quick]
+    run('emorl_train', *args, '--num-steps', 3)
+    assert 'already holds a run' in error('emorl_train', *args)
+    assert 'train.lr was' in error('emorl_train', *args, '--resume', '--lr', '1e-5')
+    assert '5 steps' in run('emorl_train', *args, '--resume', '--num-steps', 5)[0]
+    run('emorl_train', *args, '--overwrite', '--num-steps', 2)
+    assert [c.name for c in checkpoints(tmp_path/'r')] == ['step-00000002']
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
+    args = [bin/'emorl_train', 'tetrominoes_cpu', '--out', tmp_path/'r', '--num-steps', '100000', '--batch-size', '4', '--eval-every', '100000']
+    p = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path/'r/metrics.jsonl', time.time() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.time() < deadline: time.sleep(.2)
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'Traceback' not in err and 'Interrupted and saved' in err, err[-2000:]
+    step = int(re.search(r'(\d+) steps', out)[1])
+    assert checkpoints(tmp_path/'r')[-1].name == f'step-{step:08}'
+    load(tmp_path/'r')
+
+@pytest.mark.parametrize('args, says', [
+    (['emorl_train', 'tetrominos_cpu'], "did you mean 'tetrominoes_cpu'"),
+    (['emorl_train', 'tetrominoes_cpu', '--lrr', '1'], "did you mean 'lr'"),
+    (['emorl_train', 'tetrominoes_cpu', '--lr', 'fast'], "'fast' cannot be used"),
+    (['emorl_train', 'tetrominoes_cpu', '--lr'], 'has no value'),
+    (['emorl_train', 'tetrominoes_cpu', '--data', 'tetrominose'], "did you mean 'tetrominoes'"),
+    (['emorl_train', 'nowhere.json'], 'There is no file'),
+    (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
+    (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),
+])
+def test_errors_are_one_line(args, says, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in error(*args)
+    assert not list(tmp_path.iterdir()) # nothing half-made is left
+
+def test_an_error_as_a_process(tmp_path):
+    p, d = (subprocess.run([bin/'emorl_train', 'nope', *debug], capture_output=True, text=True, cwd=tmp_path) for debug in ([], ['--debug']))
+    assert p.returncode == 1 and p.stderr.count('\n') == 1 and p.stderr.startswith('emorl_train: No preset')
+    assert d.returncode == 1 and 'Traceback' in d.stderr
+
+def test_files_that_are_not_what_they_say(trained, error, tmp_path):
+    text = tmp_path/'scenes.h5'; text.write_text('not a dataset')
+    assert 'scenes.h5' in error('emorl_evaluate', trained, '--data', text)
+    made = tmp_path/'t.h5'
+    run('emorl_data', 'make', 'tetrominoes', '--num', 20, '--num-test', 6, '--out', made)
+    assert 'test' in error('emorl_evaluate', trained, '--data', made, '--split', 'tset')
+    assert json.loads(run('emorl_evaluate', trained, '--data', made, '--json')[0])['num_images'] == 6
+    run('emorl_train', 'tetrominoes_cpu', '--data', made, '--out', tmp_path/'r', '--num-steps', 1, *quick)
+    cut = tmp_path/'cut.h5'; cut.write_bytes(made.read_bytes()[:-3000])
+    assert 'cut.h5' in error('emorl_evaluate', trained, '--data', cut)
+
+def test_model_for_another_image_size(error, tmp_path):
+    import h5py, numpy as np
+    with h5py.File(tmp_path/'big.h5', 'w') as f:
+        for s in ('train', 'test'):
+            f[f'{s}/imgs'] = np.zeros((4, 64, 64, 3), np.uint8)
+            f[f'{s}/masks'] = np.eye(2, dtype=np.uint8)[np.zeros((4, 64, 64), int)].transpose(0, 3, 1, 2)[..., None]*255
+    assert '(3, 35, 35)' in error('emorl_train', 'tetrominoes_cpu', '--data', tmp_path/'big.h5', '--out', tmp_path/'r')
+
+def test_full_disk_keeps_the_old_checkpoint(trained, monkeypatch, tmp_path):
+    import emorl.checkpoint as c
+    from emorl.core import EmorlError
+    folder = c.save_checkpoint(tmp_path/'step-00000001', {'model': {}}, {}, {'step': 1})
+    def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(c.torch, 'save', full)
+    with pytest.raises(EmorlError, match='No space left on the disk'): c.save_checkpoint(folder, {'model': {}}, {}, {'step': 2})
+    assert c.load_checkpoint(folder, training=True).training['step'] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ['step-00000001']
