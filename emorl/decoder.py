@@ -67,10 +67,11 @@ class BroadcastDecoder(nn.Module):
         height, width = (n + self.margin for n in size)
         flat, grid = slots.flatten(0, 1), self.position(height, width).movedim(-1, 0)
         if self.factored:
-            first, rest = self.convs[0], self.convs[1:]
+            first, act, rest = self.convs[0], self.convs[1], self.convs[2:]
             shared = first(grid[None])
-            x = conv_constant(first, flat, *shared.shape[2:]).movedim(1, -1) + shared.movedim(1, -1)
-            x = rest(x.contiguous().movedim(-1, 1)) # Channels last: convolutions of few channels are faster so
+            each = conv_constant(first, flat, *shared.shape[2:])
+            x = act(each.movedim(1, -1).contiguous() + shared.movedim(1, -1).contiguous()) # Channels last, where convolutions of few channels are faster
+            x = rest(x.movedim(-1, 1))
         else: x = self.convs(flat[..., None, None] + grid)
         return _as_painting(x, slots.shape[:2])
 

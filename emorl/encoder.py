@@ -29,7 +29,7 @@ class Encoder(nn.Module):
         if not len(widths) == len(kernels) == len(strides):
             raise EmorlError(f'An encoder wants as many widths as kernels and strides; got {len(widths)}, {len(kernels)} and {len(strides)}.')
         layers = []
-        for (i, o), k, s in zip(pairwise((channels, *widths)), kernels, strides): layers += [nn.Conv2d(i, o, k, s, k//2), nn.ReLU()]
+        for (i, o), k, s in zip(pairwise((channels, *widths)), kernels, strides): layers += [nn.Conv2d(i, o, k, s, k//2), nn.ReLU(inplace=True)]
         self.convs, self.norm = xavier_(nn.Sequential(*layers), gain), nn.LayerNorm(widths[-1])
         self.position = PositionProjection(widths[-1])
         self.mix = xavier_(mlp(widths[-1], widths[-1], widths[-1]), gain)

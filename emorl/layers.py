@@ -6,6 +6,8 @@
 __all__ = ['activations', 'position_grid', 'PositionProjection', 'mlp', 'xavier_', 'gru_init_', 'DualGRU', 'SingleGRU']
 
 # %% ../nbs/api/10_layers.ipynb #1b1a3ec0
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from jaxtyping import Float
@@ -36,7 +38,7 @@ class PositionProjection(nn.Linear):
         return super().forward(position_grid(height, width, self.weight.device, self.weight.dtype))
 
 # %% ../nbs/api/10_layers.ipynb #75874f36
-activations = {'relu': nn.ReLU, 'elu': nn.ELU, 'silu': nn.SiLU}
+activations = {'relu': partial(nn.ReLU, inplace=True), 'elu': partial(nn.ELU, inplace=True)}
 
 def mlp(
     *sizes:int,            # Width of the input, of each hidden layer, of the output

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['decays', 'TrainConfig', 'learning_rate', 'refinements_at', 'step_noise', 'training_loss', 'train_step', 'Average',
-           'Run', 'differences', 'fit']
+           'Run', 'differences', 'keep_buffers', 'fit']
 
 # %% ../nbs/api/60_train.ipynb #9fbddfae
-import gc, json, math, shutil, signal, threading, time
+import ctypes, gc, json, math, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -248,6 +248,14 @@ def _keep_lines(path, step):
     lines = [l for l in path.read_text().splitlines() if json.loads(l)['step'] <= step]
     with write_beside(path) as f: f.write_text(''.join(l + '\n' for l in lines))
 
+# %% ../nbs/api/60_train.ipynb #f43b92bd
+def keep_buffers():
+    "Tell glibc's allocator to keep freed memory instead of returning it; does nothing elsewhere."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return
+    mallopt(-3, 1 << 30)       # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1) # M_TRIM_THRESHOLD
+
 # %% ../nbs/api/60_train.ipynb #881900b1
 def fit(
     model:EfficientMORL,
@@ -261,6 +269,7 @@ def fit(
 )->dict:                          # `step` reached, whether `finished`, `seconds` of training, last measurements
     "Train; returns early, with a checkpoint, on Ctrl-C or SIGTERM."
     check_fits(model, dataset)
+    keep_buffers()
     run = Run(model, config, out, record)
     if resume: run.resume()
     run.prepare()

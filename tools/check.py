@@ -117,7 +117,7 @@ def demo():
     if not shutil.which('make'): print('   left out: there is no make here'); return 0
     with tempfile.TemporaryDirectory() as d:
         out = Path(d)/'demo'
-        said = run('make', '--no-print-directory', 'demo', 'STEPS=20', f'OUT={out}', show=True)
+        said = run('make', '--no-print-directory', 'demo', 'STEPS=20', f'OUT={out}', show=True, TQDM_MININTERVAL='30')
         kept = sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file())
         def need(true, what):
             if not true: raise Failed(f'{what}. It left {kept} and said\n{said}')
