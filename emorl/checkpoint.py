@@ -37,6 +37,7 @@ def save_checkpoint(
     with write_beside(path) as folder:
         folder.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, folder/'model.safetensors')
+        (folder/'model.safetensors').chmod(0o644) # safetensors makes it readable by its owner only
         (folder/'config.json').write_text(json.dumps(config, indent=1) + '\n')
         if training is not None: torch.save(training, folder/'training.pt')
         sums = {f.name: sha256(f) for f in sorted(folder.iterdir())}

@@ -47,6 +47,7 @@ class BroadcastDecoder(nn.Module):
         activation:str='relu',      # Between convolutions
         channels:int=3,             # Of the image
         gain:float=.02,             # Xavier gain
+        position_gain:float=1.,     # Factor on it for the grid's projection: more makes positions sharper from the start
     ):
         super().__init__()
         if not len(widths) + 1 == len(kernels) == len(paddings):
@@ -58,6 +59,7 @@ class BroadcastDecoder(nn.Module):
         self.margin = sum(k - 1 - 2*p for k, p in zip(kernels, paddings))
         self.factored = True # Use the identity above in the first layer
         xavier_(self, gain)
+        xavier_(self.position, gain*position_gain)
 
     def forward(self,
         slots:Float[Tensor, 'b k d'], # Slots of each image

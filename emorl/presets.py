@@ -39,16 +39,22 @@ class Experiment:
         return cls(**(d | parts))
 
 # %% ../nbs/api/70_presets.ipynb #25e34a44
+def _read(text):
+    "What a word on a command line says: a number, true, false, none, a list or an object of JSON, or else the word."
+    for parse in (int, float, {'true': True, 'false': False, 'none': None, 'null': None}.__getitem__, json.loads):
+        try: return parse(text.lower() if parse not in (json.loads,) else text)
+        except (ValueError, KeyError): pass
+    return text
+
 def _typed(value, like, key):
-    "A value given as text, read as JSON where the setting is no text."
-    if not isinstance(value, str) or isinstance(like, str): return value
-    try: v = json.loads(value.lower() if value in ('True', 'False') else 'null' if value == 'None' else value)
-    except json.JSONDecodeError: v = value
+    "A value in the type that the setting has."
+    v = _read(value) if isinstance(value, str) and not isinstance(like, str) else value
     number = isinstance(v, (int, float)) and not isinstance(v, bool)
-    fits = (like is None or isinstance(v, type(like)) or v is None and key in ('clip', 'geco_target') or isinstance(like, tuple) and isinstance(v, list)
-            or isinstance(like, float) and number or isinstance(like, int) and number and v == int(v))
-    if not fits or isinstance(like, int) and isinstance(v, bool): raise EmorlError(f'The setting {key} is like {json.dumps(like)}; {value!r} cannot be used for it.')
-    return float(v) if isinstance(like, float) and number else int(v) if isinstance(like, int) and number else v
+    if like is None or v is None and key in ('clip', 'geco_target'): return v
+    if isinstance(like, float) and number: return float(v)
+    if isinstance(like, int) and number and v == int(v): return int(v)
+    if isinstance(like, tuple) and isinstance(v, (list, tuple)) or isinstance(v, type(like)) and not number: return v
+    raise EmorlError(f'The setting {key} is like {json.dumps(like)}; {value!r} cannot be used for it.')
 
 def override(
     experiment:Experiment,
@@ -68,11 +74,11 @@ _published_tetrominoes = Experiment('tetrominoes', 'tetrominoes',
     TrainConfig())
 
 _tetrominoes_cpu = Experiment('tetrominoes_cpu', 'tetrominoes',
-    EmorlConfig(num_refinements=1, std=.1, gain=1., gru_init='xavier',
-        encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 1, 1)),
-        decoder='small', decoder_options=dict(widths=(32, 16, 16), kernels=(1, 3, 3, 3), paddings=(0, 1, 1, 1))),
-    TrainConfig(num_steps=6000, batch_size=16, lr=1.5e-3, warmup=300, decay='linear', refinements=((0, 1),), average=.99,
-        eval_every=500, save_every=1000))
+    EmorlConfig(num_slots=3, num_layers=5, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3.,
+        encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 1, 1), gain=1.41),
+        decoder='small', decoder_options=dict(widths=(64, 32, 32), kernels=(1, 1, 1, 3), paddings=(0, 0, 0, 1), gain=1.41, position_gain=4.)),
+    TrainConfig(num_steps=5200, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), average=.99,
+        eval_every=650, save_every=1300))
 
 presets = {e.name: e for e in (_published_tetrominoes, _tetrominoes_cpu)}
 

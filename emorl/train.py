@@ -7,7 +7,7 @@ __all__ = ['decays', 'TrainConfig', 'learning_rate', 'refinements_at', 'step_noi
            'Run', 'differences', 'keep_buffers', 'fit']
 
 # %% ../nbs/api/60_train.ipynb #9fbddfae
-import ctypes, gc, json, math, shutil, signal, threading, time
+import ctypes, gc, json, math, os, shutil, signal, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,8 +40,10 @@ class TrainConfig:
     half_life:int = 100_000          # Steps per halving
     clip:float|None = 5.             # Largest gradient norm; None: no clipping
     refinements:tuple = ((0, 3),)    # Curriculum: (from step, I), ...
+    layers:int|None = None           # L while training; None: the model's
     average:float = 0.               # Decay of a moving average of the weights, which is what is evaluated; 0: none
     seed:int = 0                     # Of weights, noise and order of the data
+    log_every:int = 10               # Steps between lines of `metrics.jsonl`
     eval_every:int = 1000            # Steps between measurements on held-out scenes
     eval_images:int = 64             # How many
     save_every:int = 25_000          # Steps between checkpoints
@@ -110,7 +112,7 @@ def train_step(
     "One descent; returns what there is to log."
     for g in optimizer.param_groups: g['lr'] = learning_rate(step, config)
     optimizer.zero_grad(set_to_none=True)
-    steps = model(images, objective, num_refinements=refinements_at(step, config.refinements), noise=noise, gradient_batch=config.batch_size)
+    steps = model(images, objective, num_refinements=refinements_at(step, config.refinements), num_layers=config.layers, noise=noise, gradient_batch=config.batch_size)
     loss = training_loss(steps, objective)
     if accelerator: accelerator.backward(loss)
     else: loss.backward()
@@ -148,9 +150,9 @@ class Average:
 def _stoppable():
     "A function that says whether Ctrl-C or SIGTERM came; a second Ctrl-C interrupts at once."
     stop = threading.Event()
-    def handler(sig, frame):
-        if stop.is_set(): raise KeyboardInterrupt
-        stop.set()
+    def handler(sig, frame): # A launcher may send the same signal again at once
+        if stop.is_set() and time.monotonic() > handler.first + 1: raise KeyboardInterrupt
+        if not stop.is_set(): handler.first = time.monotonic(); stop.set()
     if threading.current_thread() is not threading.main_thread(): yield stop.is_set; return
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield stop.is_set
@@ -158,16 +160,24 @@ def _stoppable():
         for s, h in old.items(): signal.signal(s, h)
 
 # %% ../nbs/api/60_train.ipynb #b1979f2d
+def _accelerator():
+    "An accelerator that counts as many processes as the launcher started."
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    cpu = world > 1 and not (torch.cuda.is_available() or torch.xpu.is_available())
+    a = Accelerator(cpu=cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if a.num_processes != world: raise EmorlError(f'The launcher started {world} processes, but they found {a.num_processes}; see ACCELERATE_USE_CPU and the number of GPUs.')
+    return a
+
+# %% ../nbs/api/60_train.ipynb #0d9d0fd2
 class Run:
     "A training run: its model, optimizer and average, and the folder where its traces go."
-    log_every = 10
     def __init__(self,
         model:EfficientMORL,
         config:TrainConfig,
         out:str|Path=None,   # Folder; None: leave no traces
         record:dict=None,    # What checkpoints say the experiment was; at least {'model': ...}
     ):
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+        self.accelerator = _accelerator()
         self.rank, self.world, self.main = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_main_process
         self.config, self.out, self.record = config, Path(out) if out else None, record or {'model': asdict(model.config), 'train': asdict(config)}
         self.model, self.step, self.seconds = model, 0, 0.
@@ -177,7 +187,9 @@ class Run:
 
     def prepare(self):
         "Move to the device, wrap for several processes, and open the traces."
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning) # torch renames `broadcast_buffers`
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.config.average and self.average is None: self.average = Average(self.model, self.config.average)
         self.writer = SummaryWriter(self.out/'tb', purge_step=self.step) if self.main and self.out else None
 
@@ -227,8 +239,8 @@ class Run:
         gc.collect()
         self.accelerator.end_training()
 
-# %% ../nbs/api/60_train.ipynb #0d9d0fd2
-_may_differ = {'num_steps', 'eval_every', 'eval_images', 'save_every', 'keep'} # Settings that a resumed run may change
+# %% ../nbs/api/60_train.ipynb #cf9b7271
+_may_differ = {'num_steps', 'log_every', 'eval_every', 'eval_images', 'save_every', 'keep'} # Settings that a resumed run may change
 
 def differences(
     old:dict, new:dict, # Nested plain values
@@ -266,14 +278,14 @@ def fit(
     record:dict=None,             # The experiment as plain values, for the checkpoints
     resume:bool=False,            # Go on from the latest checkpoint in `out`
     progress:bool=True,           # Show a progress bar
-)->dict:                          # `step` reached, whether `finished`, `seconds` of training, last measurements
+)->dict:                          # `step` reached, whether `finished`, whether this is the `main` process, `seconds` of training, last measurements
     "Train; returns early, with a checkpoint, on Ctrl-C or SIGTERM."
     check_fits(model, dataset)
     keep_buffers()
     run = Run(model, config, out, record)
     if resume: run.resume()
     run.prepare()
-    held, ends = {}, {'finished': True}
+    held, ends = {}, {'finished': True, 'main': run.main}
     data = prefetch(batches(dataset, config.batch_size, run.step, config.seed, run.rank, run.world))
     bar = tqdm(total=config.num_steps, initial=run.step, disable=not (progress and run.main), unit='step', dynamic_ncols=True)
     try:
@@ -285,7 +297,7 @@ def fit(
                 bar.update()
                 last = run.step == config.num_steps
                 if held_out is not None and (run.step % config.eval_every == 0 or last): run.log(held := run.measure(held_out), 'held_out')
-                if run.step % run.log_every == 0 or last:
+                if run.step % config.log_every == 0 or last:
                     run.log(log)
                     bar.set_postfix_str(' '.join(f'{k} {v:.3g}' for k, v in {'nll': log['NLL'], 'kl': log['KL'], **{k: held[k] for k in ('ari_fg', 'mse') if k in held}}.items()))
                 if run.agree(stop()) and not last: ends['finished'] = False; break
@@ -302,7 +314,7 @@ def fit(
 def _one_step(run, scenes):
     "Train on a batch and advance the run by one step."
     c, m = run.config, run.model.config
-    draws = num_draws(m.num_layers, refinements_at(run.step, c.refinements))
+    draws = num_draws(m.num_layers if c.layers is None else c.layers, refinements_at(run.step, c.refinements))
     noise = step_noise(c.seed, run.step, c.batch_size, draws, m.num_slots, m.slot_size, run.rank, run.world)
     log, _ = train_step(run.wrapped, run.model.objective, run.optimizer, scenes.to(run.accelerator.device), run.step, c, noise, run.accelerator)
     if not math.isfinite(log['total_loss']): raise EmorlError(f'The loss became {log["total_loss"]} at step {run.step}; a lower learning rate or a larger pixel std may help.')

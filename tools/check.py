@@ -30,7 +30,7 @@ def run(*cmd, cwd=root, timeout=900, show=False, **env):
     try:
         for line in p.stdout:
             out += line
-            if show: print('   ', line, end='', flush=True)
+            if show and not re.match(r'\s*\d?\d%\|', line): print('   ', line, end='', flush=True) # of a progress bar only its end
         code = p.wait()
     finally: timer.cancel(); nbs.kill(p)
     if code: raise Failed(f"$ {' '.join(map(str, cmd))}\n{out}(exit {code}{f', stopped after {timeout} s' if code == -signal.SIGKILL else ''})")
@@ -117,7 +117,7 @@ def demo():
     if not shutil.which('make'): print('   left out: there is no make here'); return 0
     with tempfile.TemporaryDirectory() as d:
         out = Path(d)/'demo'
-        said = run('make', '--no-print-directory', 'demo', 'STEPS=20', f'OUT={out}', show=True, TQDM_MININTERVAL='30')
+        said = run('make', '--no-print-directory', 'demo', 'STEPS=20', f'OUT={out}', show=True)
         kept = sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file())
         def need(true, what):
             if not true: raise Failed(f'{what}. It left {kept} and said\n{said}')

@@ -36,7 +36,7 @@ class EmorlConfig:
     "Shape of an EfficientMORL; the defaults are the published Tetrominoes model."
     num_slots:int = 4             # K
     slot_size:int = 32            # Latents per slot, D
-    num_layers:int = 3            # Stochastic layers, L
+    num_layers:int = 3            # Stochastic layers, L, where a call does not say otherwise (they share their weights)
     num_refinements:int = 3       # Refinements, I, where a call does not say otherwise
     hierarchy:str = 'reversed++'  # Order of the priors: see `prior`
     gru:str = 'dual'              # 'dual' or 'single'
@@ -113,13 +113,13 @@ class EfficientMORL(nn.Module):
         unused = [self.encoder, *b.children()]*(c.num_layers == 0) + [self.prior]*(c.num_layers < 2) + [self.refiner]*(c.num_refinements == 0)
         for m in unused: m.requires_grad_(False)
 
-    def _bottom_up(self, image, num_slots, draw):
+    def _bottom_up(self, image, num_slots, num_layers, draw):
         "First stage: posterior and slots of the last layer, the layers, and the size of the encoder's grid."
-        if not self.config.num_layers:
+        if not num_layers:
             posterior = self.bottom_up.initial(len(image), num_slots)
             return posterior, draw(posterior), (), None
         features = self.encoder(image)
-        return *self.bottom_up(features.flatten(1, 2), num_slots, self.config.num_layers, draw), features.shape[1:3]
+        return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw), features.shape[1:3]
 
     def _hierarchical_kl(self, posterior, layers, draw):
         "KL of the first estimate, the layers with theirs, and the prior of the refined posterior."
@@ -145,6 +145,7 @@ def infer(self:EfficientMORL,
     objective:nn.Module=None,        # `Elbo`, `Geco`; None: the model's own
     num_refinements:int=None,        # I; None: the configuration's
     num_slots:int=None,              # K; None: the configuration's
+    num_layers:int=None,             # L; None: the configuration's
     sample:bool=True,                # False: posterior means after the initial draw
     noise:Iterable[Tensor]=None,     # Noise of every draw, each [b k d] or [b*k d]; None: fresh
     gradient_batch:int=1,            # Divisor of each image's own gradient; training: the global batch
@@ -152,9 +153,10 @@ def infer(self:EfficientMORL,
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
-    num_refinements, num_slots = (b if a is None else a for a, b in ((num_refinements, c.num_refinements), (num_slots, c.num_slots)))
+    num_refinements = c.num_refinements if num_refinements is None else num_refinements
+    num_slots, num_layers = num_slots or c.num_slots, c.num_layers if num_layers is None else num_layers
     draw, painting = _Draw(noise, sample), paint_plain if plain else partial(paint, train=train)
-    posterior, slots, layers, grid = self._bottom_up(image, num_slots, draw)
+    posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None
     for i in range(num_refinements + 1):
