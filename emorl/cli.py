@@ -60,6 +60,9 @@ def command(
             print(f'{func.__name__}: {e}', file=sys.stderr); sys.exit(1)
         except KeyboardInterrupt: print(f'{func.__name__}: interrupted', file=sys.stderr); sys.exit(130)
         except BrokenPipeError: sys.exit(1)
+        except OSError as e: # A full disk, a folder that may not be written, a file that vanished
+            if debug: raise
+            print(f'{func.__name__}: {e.strerror or e}' + (f': {e.filename}' if e.filename else ''), file=sys.stderr); sys.exit(1)
     return main
 
 # %% ../nbs/api/90_cli.ipynb #d16c2cdb
@@ -78,6 +81,7 @@ def emorl_train(
     out = Path(out or f'runs/{Path(preset).stem}')
     _, res = run_experiment(e, out, resume, overwrite)
     found = ', '.join(f'{k} {res[k]:.4g}' for k in ('ari_fg', 'mse') if k in res)
+    if not res['main']: sys.exit(0 if res['finished'] else 130)
     print(f'{out}: {res["step"]} steps in {res["seconds"]:.0f} s' + f'; held out: {found}'*bool(found))
     if not res['finished']: print(f'Interrupted and saved; go on with --resume --out {out}', file=sys.stderr); sys.exit(130)
 

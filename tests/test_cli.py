@@ -132,3 +132,17 @@ def test_full_disk_keeps_the_old_checkpoint(trained, monkeypatch, tmp_path):
     with pytest.raises(EmorlError, match='No space left on the disk'): c.save_checkpoint(folder, {'model': {}}, {}, {'step': 2})
     assert c.load_checkpoint(folder, training=True).training['step'] == 1
     assert [p.name for p in tmp_path.iterdir()] == ['step-00000001']
+
+def test_shipped_model_on_real_scenes(capsys):
+    emorl.cli.emorl_evaluate(['tetrominoes_cpu', '--data', 'tetrominoes_real', '--json'])
+    assert json.loads(capsys.readouterr().out)['ari_fg']['mean'] > .95
+
+def test_torchrun_shares_one_training(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith('ACCELERATE')} | {'OMP_NUM_THREADS': '1'}
+    train = ['tetrominoes_cpu', '--out', tmp_path/'r', '--num-steps', 3, '--log-every', 1, *quick]
+    cmd = [bin/'torchrun', '--standalone', '--nproc-per-node', 2, bin/'emorl_train', *train]
+    p = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=300, env=env)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert p.stdout.count('3 steps') == 1
+    steps = [l['step'] for l in map(json.loads, (tmp_path/'r/metrics.jsonl').read_text().splitlines()) if 'NLL' in l]
+    assert steps == [1, 2, 3] # one run, not two on top of each other

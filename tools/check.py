@@ -110,6 +110,7 @@ def wheel():
         if index := os.environ.get('TORCH_INDEX'): run(python, '-m', 'pip', 'install', '-qq', '--index-url', index, torch)
         run(python, '-m', 'pip', 'install', '-qq', built)
         run(python, '-c', 'import emorl, importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(emorl.__path__, "emorl.")]', cwd=tree.parent)
+        run(python, '-c', 'from emorl.checkpoint import load; load("tetrominoes_cpu")', cwd=tree.parent) # the model that ships
         for script in cfg['console_scripts'].split()[:1]: run(python.with_name(script.split('=')[0]), '--help', cwd=tree.parent)
 
 def demo():
