@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.script import Param, anno_parser
 from matplotlib.image import imsave
 
-from .checkpoint import find_checkpoint, load_checkpoint, model_of
+from .checkpoint import load
 from .core import EmorlError
 from .data.datasets import contact_sheet, describe, make_dataset, open_dataset
 from .evaluate import evaluate, save_results, slot_picture
@@ -100,9 +100,8 @@ def emorl_evaluate(
     out:str=None,                      # Folder for results.json and slots.png
 ):
     "Segmentation and reconstruction on a dataset, as a table with intervals."
-    checkpoint = load_checkpoint(find_checkpoint(model))
-    net, results = model_of(checkpoint), []
-    for name in data or [checkpoint.config.get('data', 'tetrominoes')]:
+    net, results = load(model), []
+    for name in data or [net.experiment.get('data', 'tetrominoes')]:
         dataset = open_dataset(name, split)
         results.append(evaluate(net, dataset, num_images, batch_size, seed, num_refinements, num_slots))
         if not json: print(results[-1], end='\n\n')

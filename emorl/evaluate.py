@@ -18,7 +18,7 @@ from .core import EmorlError
 from .data.scenes import SceneDataset
 from .files import write_json
 from .metrics.segmentation import ari, summarise
-from .models.emorl import EfficientMORL, image_noise, num_draws
+from .models.slot_model import SlotModel, image_noise
 from .viz import slot_table
 
 # %% ../nbs/api/50_evaluate.ipynb #f87fee57
@@ -51,13 +51,13 @@ class Results:
     __repr__ = __str__
 
 # %% ../nbs/api/50_evaluate.ipynb #3f94ee40
-def check_fits(model:EfficientMORL, dataset:SceneDataset):
+def check_fits(model:SlotModel, dataset:SceneDataset):
     "Raise an `EmorlError` unless the images have the size the model was trained on."
-    size = (model.encoder.convs[0].in_channels, *model.config.image_size)
+    size = model.image_shape
     if (got := tuple(dataset.image_size)) != size: raise EmorlError(f'The model was trained on images of {size} (channels, height, width); {dataset.name} holds {got}.')
 
 def evaluate(
-    model:EfficientMORL,
+    model:SlotModel,
     dataset:SceneDataset,      # Scenes, with masks for `ari_fg`
     num_images:int=None,       # The first so many; None: all, but no more than 320 of an endless dataset
     batch_size:int=32,         # Changes the speed, not the result
@@ -77,14 +77,14 @@ def evaluate(
     for indices in progress(np.split(np.arange(n), range(batch_size, n, batch_size))):
         scenes = dataset.batch(indices)
         images = scenes.to(device)
-        noise = image_noise(indices, seed, num_draws(c.num_layers, i), k, c.slot_size)
+        noise = image_noise(indices, seed, c.num_draws(num_refinements=i), k, c.slot_size)
         with torch.no_grad(): steps = model(images, num_refinements=i, num_slots=k, noise=noise, gradient_batch=gradient_batch)
         parts.append(_of_image(steps, images, scenes.mask))
     return Results(dataset.name, {m: np.concatenate([p[m] for p in parts]) for m in parts[0]})
 
 # %% ../nbs/api/50_evaluate.ipynb #0d7c992b
 def slot_picture(
-    model:EfficientMORL,
+    model:SlotModel,
     dataset:SceneDataset,
     num_images:int=6,     # Rows
     seed:int=0,           # Of the noise, as in `evaluate`
@@ -94,7 +94,7 @@ def slot_picture(
     c, n = model.config, min(num_images, len(dataset))
     scenes = dataset.batch(np.arange(n))
     images = scenes.to(next(model.parameters()).device)
-    noise = image_noise(range(n), seed, num_draws(c.num_layers, c.num_refinements), c.num_slots, c.slot_size)
+    noise = image_noise(range(n), seed, c.num_draws(), c.num_slots, c.slot_size)
     with torch.no_grad(): last = model(images, noise=noise)[-1]
     labels = () if scenes.mask is None else [f'FG-ARI {a:.2f}' for a in ari(scenes.mask, last.recon.masks)]
     return slot_table(images, last.recon, labels)

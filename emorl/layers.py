@@ -52,9 +52,10 @@ def mlp(
 # %% ../nbs/api/10_layers.ipynb #9cfaa4b0
 def xavier_(
     module:nn.Module, # Every linear and convolution layer inside is set
-    gain:float,       # Published: .02
+    gain:float|None,  # Published: .02; None: as torch made it
 )->nn.Module:         # The same module
     "Xavier-normal weights and zero biases, in place."
+    if gain is None: return module
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_normal_(m.weight, gain)

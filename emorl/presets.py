@@ -16,7 +16,9 @@ from .core import EmorlError, lookup, set_seed
 from .data.datasets import dataset_names, file_kind, open_dataset
 from .data.hdf5 import hdf5_splits
 from .files import read_json
-from .models.emorl import EfficientMORL, EmorlConfig
+from .models.emorl import EmorlConfig
+from .models.slot_attention import SlotAttentionConfig
+from .models.slot_model import ModelConfig, SlotModel, build_model, make_config
 from .train import TrainConfig, fit
 
 # %% ../nbs/api/70_presets.ipynb #7ca7e78b
@@ -25,7 +27,7 @@ class Experiment:
     "Everything that decides a run's result."
     name:str = 'tetrominoes'                                # Of the preset it came from
     data:str = 'tetrominoes'                                # Name or path of a dataset, see `open_dataset`
-    model:EmorlConfig = field(default_factory=EmorlConfig)
+    model:ModelConfig = field(default_factory=EmorlConfig)
     train:TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self)->dict:
@@ -35,7 +37,7 @@ class Experiment:
     def from_dict(cls, d:dict)->'Experiment':
         "From plain values; an `EmorlError` names an unknown key and the nearest known one."
         for k in d: lookup(k, {f.name: f for f in fields(cls)}, 'part of an experiment')
-        parts = {'model': EmorlConfig.from_dict(d.get('model', {})), 'train': TrainConfig.from_dict(d.get('train', {}))}
+        parts = {'model': make_config(d.get('model', {})), 'train': TrainConfig.from_dict(d.get('train', {}))}
         return cls(**(d | parts))
 
 # %% ../nbs/api/70_presets.ipynb #25e34a44
@@ -66,7 +68,7 @@ def override(
     for key, value in changes.items():
         part, k = lookup(key, known, 'setting')
         parts[part][k] = _typed(value, parts[part][k], k)
-    return replace(experiment, model=EmorlConfig.from_dict(parts['model']), train=TrainConfig.from_dict(parts['train']))
+    return replace(experiment, model=make_config(parts['model']), train=TrainConfig.from_dict(parts['train']))
 
 # %% ../nbs/api/70_presets.ipynb #d024b08b
 _published_tetrominoes = Experiment('tetrominoes', 'tetrominoes',
@@ -97,7 +99,7 @@ def run_experiment(
     resume:bool=False,     # Go on with the run that is there
     overwrite:bool=False,  # Replace the run that is there
     progress:bool=True,    # Show a progress bar
-)->tuple[EfficientMORL, dict]: # The model as trained last, and what `fit` returns
+)->tuple[SlotModel, dict]: # The model as trained last, and what `fit` returns
     "Train an experiment on its dataset, measuring on held-out scenes."
     out = Path(out) if out else None
     there = bool(out and (checkpoints(out) or (out/'metrics.jsonl').exists()))
@@ -105,7 +107,7 @@ def run_experiment(
     if there and not (resume or overwrite): raise EmorlError(f'{out} already holds a run; resume continues it, overwrite replaces it.')
     data, held_out = open_dataset(e.data, 'train'), _held_out(e.data)
     set_seed(e.train.seed)
-    model = EfficientMORL(e.model)
+    model = build_model(e.model)
     if there and overwrite: _clear(out)
     return model, fit(model, data, e.train, held_out, out, e.to_dict(), resume, progress)
 
