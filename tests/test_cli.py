@@ -52,6 +52,15 @@ def test_evaluate_as_json(trained, tmp_path):
     assert json.loads((tmp_path/'results.json').read_text())['tetrominoes_real'] == res
     assert (tmp_path/'slots.png').read_bytes().startswith(b'\x89PNG')
 
+@pytest.mark.parametrize('preset', ['slot_attention_tetrominoes', 'iodine_tetrominoes'])
+def test_baselines_by_the_same_commands(preset, tmp_path):
+    out = tmp_path/'run'
+    assert '3 steps' in run('emorl_train', preset, '--out', out, '--num-steps', 3, *quick)[0]
+    assert '4 steps' in run('emorl_train', preset, '--out', out, '--num-steps', 4, '--resume', *quick)[0]
+    res = json.loads(run('emorl_evaluate', out, '--data', 'tetrominoes_real', '--json', '--out', tmp_path)[0])
+    assert res['num_images'] == 10 and res['mse']['mean'] > 0 and (res['kl']['mean'] == 0) == (preset[0] == 's')
+    assert (tmp_path/'slots.png').exists()
+
 def test_evaluate_prints_a_table_per_dataset(trained):
     out, _ = run('emorl_evaluate', trained, '--data', 'tetrominoes', 'tetrominoes_real', '--num-images', 10)
     assert out.count('ari_fg') == 2 and 'tetrominoes_real, 10 images' in out
@@ -91,6 +100,8 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_train', 'tetrominoes_cpu', '--lr'], 'has no value'),
     (['emorl_train', 'tetrominoes_cpu', '--data', 'tetrominose'], "did you mean 'tetrominoes'"),
     (['emorl_train', 'nowhere.json'], 'There is no file'),
+    (['emorl_train', 'clevrtex'], 'name its file with --data'),
+    (['emorl_train', 'slot_attention_tetrominoes', '--refinements', '[[0,2]]'], 'has no refinements'),
     (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
     (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),
 ])
