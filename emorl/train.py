@@ -274,6 +274,7 @@ def fit(
 )->dict:                          # `step` reached, whether `finished`, whether this is the `main` process, `seconds` of training, last measurements
     "Train; returns early, with a checkpoint, on Ctrl-C or SIGTERM."
     check_fits(model, dataset)
+    for _, i in config.refinements: model.config.num_draws(config.layers, i) # refuses what the model cannot do
     keep_buffers()
     run = Run(model, config, out, record)
     if resume: run.resume()

@@ -37,7 +37,9 @@ class SlotAttentionConfig(ModelConfig):
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
 
     def num_draws(self, num_layers=None, num_refinements=None)->int:
-        "One: the initial slots."
+        "One, for the initial slots; an `EmorlError` for what this model cannot do."
+        if num_refinements: raise EmorlError(f'Slot Attention has no refinements; got {num_refinements}.')
+        if (num_layers := self.num_layers if num_layers is None else num_layers) < 1: raise EmorlError(f'Slot Attention wants at least one iteration (num_layers); got {num_layers}.')
         return 1
 
 # %% ../../nbs/api/31_slot_attention.ipynb #4694afc6
@@ -47,6 +49,7 @@ class SlotAttention(SlotModel, config=SlotAttentionConfig):
         config:SlotAttentionConfig=SlotAttentionConfig(), # Its shape
     ):
         super().__init__(config)
+        config.num_draws(None, config.num_refinements)
         c, d = config, config.slot_size
         self.encoder = Encoder(**({'gain': None} | c.encoder))
         features = self.encoder.norm.normalized_shape[0]
@@ -56,7 +59,6 @@ class SlotAttention(SlotModel, config=SlotAttentionConfig):
         self.gru, self.mlp = nn.GRUCell(d, d), mlp(d, c.hidden, d)
         self.decoder = make_decoder(c.decoder, d, **({'gain': c.gain} | c.decoder_options))
         self.likelihood, self.objective = squared_error, Elbo()
-        if c.num_layers < 1: raise EmorlError(f'Slot Attention wants at least one iteration (num_layers); got {c.num_layers}.')
 
     def iterate(self, slots:Float[Tensor, 'b k d'], keys:Float[Tensor, 'b n d'], values:Float[Tensor, 'b n d'])->tuple[Tensor, Tensor]:
         "Slots of the next iteration, and the attention that led to them."
@@ -80,9 +82,8 @@ def infer(self:SlotAttention,
 )->Iterator[Step]:                   # One
     "Slots of images (Locatello et al. 2020, algorithm 1)."
     c, train = self.config, torch.is_grad_enabled()
-    if num_refinements: raise EmorlError(f'Slot Attention has no refinements; got {num_refinements}.')
+    c.num_draws(num_layers, num_refinements)
     k, iterations = (b if a is None else a for a, b in ((num_slots, c.num_slots), (num_layers, c.num_layers)))
-    if k < 1 or iterations < 1: raise EmorlError(f'Slot Attention wants at least one slot and one iteration; got {k} and {iterations}.')
     grid = self.encoder(image)
     keys, values = (f(grid.flatten(1, 2)) for f in (self.to_k, self.to_v))
     slots = Draw(noise)(SlotGaussian(*(p.expand(len(image), k, -1) for p in (self.loc, self.raw))))
