@@ -12,13 +12,17 @@ import numpy as np
 from jaxtyping import Int
 
 from ..core import EmorlError
-from .scenes import InMemory, Scenes, check_indices, random_integers, stream_start
+from .scenes import InMemory, Scenes, check_indices, concat, random_integers, stream_start
+from .shifts import Shift
 
 # %% ../../nbs/api/25_tetrominoes.ipynb #8fa705c4
 _shapes = ('1111 1/1/1/1 111/100 100/111 001/111 111/001 11/01/01 01/01/11 11/10/10 10/10/11 '
            '110/011 011/110 01/11/10 10/11/01 010/111 111/010 01/11/01 10/11/10 11/11').split()
 _tiles = np.array([[(r, c) for r, row in enumerate(s.split('/')) for c, t in enumerate(row) if t == '1'] for s in _shapes])  # [19 4 2] row, column
 _colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.uint8)  # R G B, then R+G R+B G+B
+_kinds = tuple('ILJZSTO')                                                # The seven one-sided tetrominoes,
+_kind = np.array([_kinds.index(s) for s in 'IILJLJLJJLZSZSTTTTO'])       # and of which of them each shape is an orientation
+_colour_names = 'red', 'green', 'blue', 'yellow', 'magenta', 'cyan'
 _bevel = np.array([[191, 255, 255, 255, 223], [127, 159, 159, 159, 191], [127, 159, 159, 159, 191], [127, 159, 159, 159, 191], [95, 63, 63, 63, 127]],
                   np.uint8)
 _side, _tile = 35, 5
@@ -78,12 +82,15 @@ def sample(
     seed:int,   # Any integer
     indices,    # Numbers of the scenes [n]
     k:int=3,    # Objects in each; more than five may take long to place
-    tries:int=8 # Attempts per pass; changes nothing but the time
+    tries:int=8, # Attempts per pass; changes nothing but the time
+    allowed=None # Pairs that may be shown [6 19], colours and shapes; None: all
 ):
     "Shapes [n k], colours [n k] and positions [n k 2] of the scenes `indices`, for `render`."
     i = np.asarray(indices, np.int64).reshape(-1, 1)
     o = np.arange(k)
     shape, colour = random_integers(19, seed, i, o) + 1, random_integers(6, seed, i, k + o)
+    if allowed is not None and not allowed.all():
+        colour, shape = np.divmod(np.flatnonzero(allowed)[random_integers(allowed.sum(), seed, i, o)], 19); shape += 1
     xy, todo, start = np.zeros((len(i), k, 2), np.int64), np.arange(len(i)), 0
     while todo.size:
         draw = 2*k*(1 + start + np.arange(tries)[:, None, None]) + np.arange(2*k).reshape(k, 2)                      # [t k 2]
@@ -101,17 +108,35 @@ class Tetrominoes:
     num:int=1_000_000   # Scenes of an epoch
     seed:int=0          # Of the scenes
     split:str='train'   # 'train', 'val' or 'test'
+    shift:Shift=Shift() # What is different from the published distribution; at most 5 objects, and no occlusion
 
     name = 'tetrominoes'
     image_size = (3, _side, _side)
-    num_entities = 4
+    @property
+    def num_entities(self): return 1 + self._number[1]
+    @property
+    def _number(self): return self.shift.number((3, 3))
+    def _allowed(self): return self.shift.pairs(_colour_names, _kinds)[:, _kind]  # [6 19]
     def __post_init__(self):
-        stream_start(self.split)
+        stream_start(self.split); self._allowed()
+        if self._number[1] > 5: raise EmorlError(f'At most 5 tetrominoes find a place in an image, not {self._number[1]}.')
+        if self.shift.occlusion not in (None, (0, 0)):
+            raise EmorlError(f'Tetrominoes never hide each other; an occlusion of {self.shift.occlusion} is not to be had.')
         if not 0 < self.num <= 2**40: raise EmorlError(f'A split of tetrominoes has 1 to 2^40 scenes, not {self.num}.')
     def __len__(self): return self.num
     def batch(self, indices)->Scenes:
         "The scenes at `indices`, drawn now."
-        return render(*sample(self.seed, stream_start(self.split) + check_indices(indices, self.num, self.name)))
+        i = stream_start(self.split) + check_indices(indices, self.num, self.name)
+        least, most = self._number
+        number = least + random_integers(most - least + 1, self.seed, i, -1)
+        groups = [np.flatnonzero(number == k) for k in range(least, most + 1)]
+        parts = [_widen(render(*sample(self.seed, i[g], k, allowed=self._allowed())), most + 1) for k, g in enumerate(groups, least)]
+        return concat(parts)[np.argsort(np.concatenate(groups))] if len(parts) > 1 else parts[0]
+
+def _widen(scenes, k):
+    "The same scenes with `k` rows of factors; the new ones are of entities that do not exist."
+    pad = lambda a: np.pad(a, [(0, 0), (0, k - a.shape[1])] + [(0, 0)]*(a.ndim - 2))
+    return Scenes(scenes.image, scenes.mask, {n: pad(a) for n, a in scenes.factors.items()})
 
 # %% ../../nbs/api/25_tetrominoes.ipynb #d37bbb10
 _real = np.array([

@@ -8,7 +8,7 @@ __all__ = ['ModelConfig', 'Draw', 'image_noise', 'write_model', 'read_model', 'S
 
 # %% ../../nbs/api/2C_slot_model.ipynb #6af7ef10
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -188,9 +188,13 @@ def build_model(
     if isinstance(shape, ModelConfig): return lookup(shape.kind, SlotModel.kinds, 'kind of model')(shape)
     return build_model(make_config(shape))
 
-def make_config(shape:Mapping)->ModelConfig:
+def make_config(
+    shape:Mapping,                           # Plain values; without a `kind` they are of EfficientMORL
+    check:Callable=lambda cls, values: values,# From the configuration's class and the values, the values to take
+)->ModelConfig:
     "The configuration that plain values describe; an `EmorlError` names what is unknown."
-    return lookup(shape.get('kind', 'emorl'), SlotModel.kinds, 'kind of model').Config.from_dict(shape)
+    cls = lookup(shape.get('kind', 'emorl'), SlotModel.kinds, 'kind of model').Config
+    return cls.from_dict(check(cls, shape))
 
 def load_model(
     folder:str|Path, # A sealed folder with a model
