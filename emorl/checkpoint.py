@@ -96,7 +96,7 @@ def import_published(
     theirs, model = read_published(path), build_model(experiment['model'])
     geco = model.state_dict().keys() & {'objective.multiplier'}
     weights = {k: v for k, v in theirs.weights.items() if geco or k not in ('geco_beta', 'geco_C_ema')}
-    state = to_ours(weights, warm_start_over=not geco or theirs.step >= model.objective.start)
+    state = to_ours(weights, warm_start_over=not geco or theirs.step + 1 >= model.objective.start)
     try: model.load_state_dict(state)
     except RuntimeError as e: raise EmorlError(f'{path} is not of the shape it is said to have: {str(e).splitlines()[1].strip()}') from e
     training = None

@@ -41,5 +41,5 @@ class Encoder(nn.Module):
         channels = self.convs[0].in_channels
         if image.ndim != 4 or image.shape[1] != channels:
             raise EmorlError(f'Expected images [batch, {channels}, height, width], got {list(image.shape)}.')
-        x = self.convs((2*image - 1).contiguous(memory_format=torch.channels_last)).movedim(1, -1)
+        x = self.convs(2*image - 1).movedim(1, -1)
         return self.mix(self.norm(x + self.position(*x.shape[1:3])))

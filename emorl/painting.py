@@ -7,52 +7,102 @@ __all__ = ['paint_plain', 'paint']
 
 # %% ../nbs/api/17_painting.ipynb #6b4a5fd4
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from jaxtyping import Float
 
-from .core import Reconstruction
+from .core import EmorlError, Reconstruction
 
 # %% ../nbs/api/17_painting.ipynb #2a2299f7
+def _decode(decoder, precision, slots, size):
+    "A painting at full precision, whatever the decoder computes in."
+    if precision is None: return decoder(slots, size)
+    with torch.autocast(slots.device.type, precision): recon = decoder(slots, size)
+    return Reconstruction(recon.rgb.float(), recon.mask_logits.float())
+
 def paint_plain(
     decoder:nn.Module,                        # (slots [b k d], size) to `Reconstruction`
     likelihood:Callable,                      # (image, recon) to nll [b]
     slots:Float[Tensor, 'b k d'],             # What to paint
     image:Float[Tensor, 'b c h w'],           # What it should look like
+    precision:torch.dtype=None,               # Of the decoder; None: that of its weights
 )->tuple[Float[Tensor, 'b'], Reconstruction]: # nll in nats, and the painting
     "Decode and score, leaving the graph to autograd."
-    recon = decoder(slots, image.shape[-2:])
+    recon = _decode(decoder, precision, slots, image.shape[-2:])
     return likelihood(image, recon), recon
 
 # %% ../nbs/api/17_painting.ipynb #3aacd843
+def _together(decode, likelihood, slots, image, weight, params):
+    "nll, rgb, mask logits; and the gradients of `weight @ nll` for slots and parameters."
+    slots = slots.detach().requires_grad_()
+    with torch.enable_grad():
+        recon = decode(slots, image.shape[-2:])
+        nll = likelihood(image, recon)
+        grads = torch.autograd.grad(nll, [slots, *params], weight)
+    return (nll.detach(), recon.rgb.detach(), recon.mask_logits.detach(), grads[0]), grads[1:]
+
+# %% ../nbs/api/17_painting.ipynb #44106b48
+def _plus(total, grads): return grads if total is None else [a + b for a, b in zip(total, grads)]
+
+def _by_images(n, decode, likelihood, slots, image, weight, params):
+    "As `_together`, `n` images at a time."
+    parts, total = [], None
+    for s, x, w in zip(slots.split(n), image.split(n), weight.split(n)):
+        part, grads = _together(decode, likelihood, s, x, w, params)
+        parts.append(part); total = _plus(total, grads)
+    return [torch.cat(p) for p in zip(*parts)], total
+
+# %% ../nbs/api/17_painting.ipynb #aefb50bd
+def _canvases(n, decode, slots, size):
+    "A painting without gradients, `n` canvases at a time."
+    with torch.no_grad(): parts = [decode(s[None], size) for s in slots.flatten(0, 1).split(n)]
+    return (torch.cat(p, 1).unflatten(1, slots.shape[:2]).squeeze(0) for p in zip(*((p.rgb, p.mask_logits) for p in parts)))
+
+def _by_slots(n, decode, likelihood, slots, image, weight, params):
+    "As `_together`, `n` canvases at a time, with a second forward."
+    rgb, logits = (p.requires_grad_() for p in _canvases(n, decode, slots, image.shape[-2:]))
+    with torch.enable_grad():
+        nll = likelihood(image, Reconstruction(rgb, logits))
+        wanted = torch.autograd.grad(nll, (rgb, logits), weight)
+    slot_grads, total = [], None
+    for s, *g in zip(*(t.detach().flatten(0, 1).split(n) for t in (slots, *wanted))):
+        s = s[None].requires_grad_()
+        with torch.enable_grad(): recon = decode(s, image.shape[-2:])
+        grad, *grads = torch.autograd.grad((recon.rgb, recon.mask_logits), [s, *params], [t[None] for t in g])
+        slot_grads.append(grad); total = _plus(total, grads)
+    return (nll.detach(), rgb.detach(), logits.detach(), torch.cat(slot_grads, 1).view_as(slots)), total
+
+# %% ../nbs/api/17_painting.ipynb #4cea0838
+def _gradients(decode, likelihood, image, chunk, precision, slots, params, weight):
+    "nll, rgb, mask logits, the gradient of the slots and those of the parameters; at most `chunk` canvases at a time."
+    k = slots.shape[1]
+    take = _together if chunk is None else partial(_by_images, chunk//k) if chunk >= k else partial(_by_slots, chunk)
+    for scale in (1.,) if precision != torch.float16 else (2.**-e for e in range(4, 29, 4)):
+        (*outs, slot_grad), grads = take(decode, likelihood, slots, image, weight*scale, params)
+        grads = [g/scale for g in (slot_grad, *grads)]
+        if scale == 1 or all(g.isfinite().all() for g in grads): break
+    return *outs, *grads
+
 class _Paint(torch.autograd.Function):
     "Painting whose gradients are taken in its forward pass."
     @staticmethod
-    def forward(ctx, decoder, likelihood, image, slots, *weights):
-        inputs = [slots.detach().requires_grad_(), *weights]
-        with torch.enable_grad():
-            nll, recon = paint_plain(decoder, likelihood, inputs[0], image)
-            grads = torch.autograd.grad(nll.sum(), inputs)
-        ctx.again = decoder, likelihood
-        ctx.num_weights = len(weights)
-        ctx.save_for_backward(image, slots, *weights, *grads)
-        out = nll.detach(), recon.rgb.detach(), recon.mask_logits.detach()
-        ctx.mark_non_differentiable(*out[1:])
-        return out
+    def forward(ctx, take, slots, *params):
+        nll, rgb, logits, *grads = take(slots, params, slots.new_ones(len(slots)))
+        ctx.take, ctx.num_params = take, len(params)
+        ctx.save_for_backward(slots, *params, *grads)
+        ctx.mark_non_differentiable(rgb, logits)
+        return nll, rgb, logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
-        n = ctx.num_weights
-        image, slots, *rest = ctx.saved_tensors
-        weights, (slot_grad, *weight_grads) = rest[:n], rest[n:]
-        if n and (g != g[0]).any():
-            inputs = [slots.detach().requires_grad_(), *weights]
-            with torch.enable_grad(): nll, _ = paint_plain(*ctx.again, inputs[0], image)
-            return None, None, None, *torch.autograd.grad(nll, inputs, g)
-        return None, None, None, slot_grad*g[:, None, None], *(w*g[0] for w in weight_grads)
+        slots, *rest = ctx.saved_tensors
+        params, (slot_grad, *grads) = rest[:ctx.num_params], rest[ctx.num_params:]
+        if params and (g != g[0]).any(): return None, *ctx.take(slots, params, g)[3:]
+        return None, slot_grad*g[:, None, None], *(w*g[0] for w in grads)
 
 # %% ../nbs/api/17_painting.ipynb #e00c3527
 def paint(
@@ -61,9 +111,15 @@ def paint(
     slots:Float[Tensor, 'b k d'],             # What to paint
     image:Float[Tensor, 'b c h w'],           # What it should look like
     train:bool=True,                          # Whether the decoder's weights will want gradients
+    decode_chunk:int=None,                    # Most canvases (slots of images) at a time; None: all. Less than k costs a second forward
+    precision:torch.dtype=None,               # Of the decoder: `torch.bfloat16`, `torch.float16`; None: that of its weights
 )->tuple[Float[Tensor, 'b'], Reconstruction]: # nll in nats, and the painting, cut from the graph
-    "Decode and score with a single backward pass through the decoder, taken here and now."
-    weights = [p for p in decoder.parameters() if p.requires_grad] if train else []
-    if not (torch.is_grad_enabled() and (slots.requires_grad or weights)): return paint_plain(decoder, likelihood, slots, image)
-    nll, rgb, logits = _Paint.apply(decoder, likelihood, image, slots, *weights)
+    "Decode and score with a single backward pass through the decoder, taken here and now. An `EmorlError` for a chunk below 1."
+    if decode_chunk is not None and decode_chunk < 1: raise EmorlError(f'A chunk holds at least one canvas; got {decode_chunk}.')
+    params = [p for p in decoder.parameters() if p.requires_grad] if train else []
+    decode = partial(_decode, decoder, precision)
+    if not (torch.is_grad_enabled() and (slots.requires_grad or params)):
+        recon = Reconstruction(*_canvases(decode_chunk, decode, slots, image.shape[-2:])) if decode_chunk else decode(slots, image.shape[-2:])
+        return likelihood(image, recon), recon
+    nll, rgb, logits = _Paint.apply(partial(_gradients, decode, likelihood, image, decode_chunk, precision), slots, *params)
     return nll, Reconstruction(rgb, logits)

@@ -32,10 +32,15 @@ def variant_config(
     meta:Mapping, # As in a fixture
 )->ModelConfig:
     "Our configuration of a published variant."
-    for k in meta: lookup(k, variant_defaults, 'property of a fixture')
     m = variant_defaults | dict(meta)
+    for k in ('B', 'S', 'K', 'z_size', 'stochastic_layers', 'refinement_iters'):
+        least = int(k not in ('stochastic_layers', 'refinement_iters'))
+        if not isinstance(m[k], int) or m[k] < least: raise EmorlError(f'The property {k} of a fixture is a whole number from {least} on; got {m[k]!r}.')
+    if m['geco'] is not None and not (isinstance(m['geco'], Mapping) and {'target', 'C_ema', 'beta'} <= m['geco'].keys()):
+        raise EmorlError(f'The property geco of a fixture is target, C_ema and beta, or null; got {m["geco"]!r}.')
     decoder, size = lookup(m['image_decoder'], {k: k for k in ('small', 'iodine', 'big')}, 'published decoder'), (m['S'],)*2
-    if lookup(m['kind'], {'EfficientMORL': False, 'SlotAttention': True}, 'kind of fixture'): return SlotAttentionConfig(m['K'], m['z_size'], decoder=decoder, image_size=size)
+    slot_attention = lookup(m['kind'], {'EfficientMORL': False, 'SlotAttention': True}, 'kind of fixture')
+    if slot_attention: return SlotAttentionConfig(m['K'], m['z_size'], decoder=decoder, image_size=size)
     hierarchy = 'bottom_up' if m['bottom_up_prior'] else 'reversed++' if m['reverse_prior_plusplus'] else 'reversed'
     likelihood = lookup(m['image_likelihood'], {'Gaussian': 'gaussian', 'GMM': 'mixture'}, 'published likelihood')
     return EmorlConfig(m['K'], m['z_size'], m['stochastic_layers'], m['refinement_iters'], hierarchy, 'dual' if m['use_DualGRU'] else 'single', decoder=decoder,
@@ -52,19 +57,24 @@ class Fixture:
     @property
     def noise(self)->list[Tensor]:
         "Of every draw, in order."
-        return [torch.tensor(self.arrays[k]) for k in sorted(self.arrays) if k.startswith('noise/')]
+        return [_numbers(self.arrays[k], k) for k in sorted(self.arrays) if k.startswith('noise/')]
+
+def _numbers(a, name):
+    "An array of a fixture in float64."
+    try: return torch.tensor(np.asarray(a, np.float64))
+    except (ValueError, TypeError) as e: raise EmorlError(f'The array {name} of this fixture is not made of numbers.') from e
 
 def _arrays(path):
     "Name -> array of an `.npz` file; nothing in it is executed."
     try:
         with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
     except FileNotFoundError as e: raise EmorlError(f'There is no file {path}.') from e
-    except Exception as e: raise EmorlError(f'{path} is not a parity fixture, which is an .npz file of plain arrays: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+    except Exception as e: raise EmorlError(f'{path} is not a parity fixture, which is an .npz file of plain arrays ({type(e).__name__}).') from e
 
 def _dequantise(a, name, path):
     try: return torch.tensor(a[f'q/{name}']*np.float64(a[f's/{name}']) + a[f'o/{name}'], dtype=torch.float64)
     except KeyError as e: raise EmorlError(f'{path} is not a parity fixture: the weight {name} has no {e.args[0]}.') from e
-    except (ValueError, TypeError) as e: raise EmorlError(f'{path} is not a parity fixture: the weight {name} is not made of numbers.') from e
+    except (ValueError, TypeError, RuntimeError) as e: raise EmorlError(f'{path} is not a parity fixture: the weight {name} is not made of numbers.') from e
 
 def load_fixture(
     path:str|Path, # An `.npz` of the published code's results
@@ -74,7 +84,7 @@ def load_fixture(
     try: meta = json.loads(str(a.pop('meta')))
     except (KeyError, ValueError) as e: raise EmorlError(f'{path} is not a parity fixture: it has no meta that names the variant.') from e
     if not isinstance(meta, dict): raise EmorlError(f'{path} is not a parity fixture: meta is not a JSON object.')
-    lost = [k for k in ('B', 'S', 'K', 'z_size', 'image_decoder') if k not in meta] + [k for k in ('image', 'noise/00') if k not in a]
+    lost = [f'meta.{k}' for k in ('kind', 'B', 'S', 'K', 'z_size', 'image_decoder') if k not in meta] + [k for k in ('image', 'noise/00') if k not in a]
     if lost: raise EmorlError(f'{path} is not a parity fixture: it lacks {", ".join(lost)}.')
     weights = {k[2:]: _dequantise(a, k[2:], path) for k in a if k.startswith('q/')}
     check_names(weights, str(path))
@@ -85,17 +95,17 @@ def model_of(
     fixture:Fixture,
 )->SlotModel: # In float64, with the fixture's weights
     "Our model in the variant of a fixture."
-    m, state = fixture.meta, dict(fixture.weights)
-    if geco := m.get('geco'): state |= {k: torch.tensor(geco[j], dtype=torch.float64) for k, j in (('geco_beta', 'beta'), ('geco_C_ema', 'C_ema'))}
-    model = build_model(variant_config(m)).double()
+    model, state = build_model(variant_config(fixture.meta)).double(), dict(fixture.weights)
+    if geco := fixture.meta.get('geco'): state |= {k: torch.tensor(geco[j], dtype=torch.float64) for k, j in (('geco_beta', 'beta'), ('geco_C_ema', 'C_ema'))}
     try: model.load_state_dict(to_ours(state))
-    except RuntimeError as e: raise EmorlError(f'The weights of this fixture are not those of its variant: {" ".join(str(e).split()[:40])}') from e
+    except (RuntimeError, IndexError, ValueError) as e:
+        raise EmorlError(f'The weights of this fixture are not those of its variant: {" ".join(str(e).split()[:40])}') from e
     return model
 
 def _run(fixture, plain):
     "Model and estimates, after the backward pass of the training loss; and that loss."
     f, model = fixture, model_of(fixture)
-    image = torch.tensor(f.arrays['image'])
+    image = _numbers(f.arrays['image'], 'image')
     b, s = f.meta['B'], f.meta['S']
     if image.shape != (b, 3, s, s): raise EmorlError(f'The image of a fixture must be {[b, 3, s, s]} by its meta; got {list(image.shape)}.')
     if len(f.noise) != model.config.num_draws(): raise EmorlError(f'This variant draws {model.config.num_draws()} times; the fixture has noise for {len(f.noise)}.')
@@ -116,7 +126,8 @@ def our_quantities(
     if model.config.kind == 'slot_attention': res |= {'slots': steps[0].slots, 'rgb': steps[0].recon.rgb, 'log_masks': steps[0].recon.log_masks}
     else:
         res |= {'final_nll': steps[-1].nll.mean(), 'final_kl': steps[-1].kl.mean()}
-        for l, layer in enumerate(steps[0].layers): res |= {f'posterior_{l}/loc': layer.posterior.loc, f'posterior_{l}/std': layer.posterior.std, f'attention_{l}': layer.attention}
+        for l, layer in enumerate(steps[0].layers):
+            res |= {f'posterior_{l}/loc': layer.posterior.loc, f'posterior_{l}/std': layer.posterior.std, f'attention_{l}': layer.attention}
         for i, s in enumerate(steps): res |= {f'lambda_{i}': s.posterior.params, f'rgb_{i}': s.recon.rgb, f'log_masks_{i}': s.recon.log_masks}
     grads = to_published({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     return {k: v.detach() for k, v in res.items()} | {f'grad/{k}': _project(g) for k, g in grads.items()}
@@ -139,7 +150,7 @@ class Row:
 def _row(name, theirs, ours, exact_zero):
     "Compare one quantity; None where neither side uses it."
     tolerance = 1e-4 if name.startswith(('rgb', 'log_masks')) else 1e-6
-    there, here = (None if v is None else torch.as_tensor(np.asarray(v, np.float64)) for v in (theirs, ours))
+    there, here = (None if v is None else _numbers(v, name) for v in (theirs, ours))
     if there is None or here is None:
         only = here if there is None else there
         if name.startswith('grad/') and not only.any(): return None if there is None else Row(name, tuple(only.shape), 0., tolerance)
@@ -167,20 +178,23 @@ def report(
     fixture = load_fixture(path)
     return compare(fixture, our_quantities(fixture, plain))
 
+def _line(name, rs, paths):
+    "One quantity of the table; `rs` has its row on each path that has one."
+    r, ok = next(iter(rs.values())), len(rs) == len(paths) and all(r.ok for r in rs.values())
+    errors = ''.join(f'{rs[p].error if p in rs else math.nan:>13.1e}' for p in paths)
+    notes = '; '.join({r.note for r in rs.values() if r.note})
+    return f'{name:<52}{str(list(r.shape)):<20}{errors}{r.tolerance:>11.0e}  {"yes" if ok else f"NO {notes}".strip()}'
+
 def format_rows(
     rows:Mapping[str, list[Row]], # Path of decoding -> its rows
 )->str:
     "A table: a line for each quantity, an error for each path, and a line that counts."
-    lines = [f'{"quantity":<52}{"shape":<20}' + ''.join(f'{p + " error":>13}' for p in rows) + f'{"tolerance":>11}  ok']
     by_name = {}
     for p, rs in rows.items():
         for r in rs: by_name.setdefault(r.quantity, {})[p] = r
-    for name, rs in by_name.items():
-        r = next(iter(rs.values()))
-        ok = len(rs) == len(rows) and all(r.ok for r in rs.values())
-        errors = ''.join(f'{rs[p].error if p in rs else math.nan:>13.1e}' for p in rows)
-        lines.append(f'{name:<52}{str(list(r.shape)):<20}{errors}{r.tolerance:>11.0e}  {"yes" if ok else ("NO " + "; ".join({r.note for r in rs.values() if r.note})).strip()}')
-    return '\n'.join([*lines, *(f'{p}: {len(rs)} quantities compared, {sum(not r.ok for r in rs)} failed, worst error {max((r.error for r in rs), default=math.inf):.1e}' for p, rs in rows.items())])
+    head = f'{"quantity":<52}{"shape":<20}' + ''.join(f'{p + " error":>13}' for p in rows) + f'{"tolerance":>11}  ok'
+    count = lambda p, rs: f'{p}: {len(rs)} quantities compared, {sum(not r.ok for r in rs)} failed, worst error {max(r.error for r in rs):.1e}'
+    return '\n'.join([head, *(_line(k, rs, list(rows)) for k, rs in by_name.items()), *(count(p, rs) for p, rs in rows.items())])
 
 def parity_report(
     path:str|Path, # A fixture
@@ -298,13 +312,15 @@ def make_fixture(
 )->Path:
     "Run the published code once and write what it computes."
     for k in variant: lookup(k, variant_defaults, 'property of a fixture')
-    m, clone = variant_defaults | variant, Path(clone).resolve()
+    m, clone = variant_defaults | {'reverse_prior_plusplus': not variant.get('bottom_up_prior')} | variant, Path(clone).resolve()
     variant_config(m)
+    if m['bottom_up_prior'] and m['reverse_prior_plusplus']: raise EmorlError('bottom_up_prior and reverse_prior_plusplus exclude each other.')
     if m['image_decoder'] == 'big' and m['S'] != 96: raise EmorlError(f'The published decoder big paints 96 x 96 whatever the image; got S = {m["S"]}.')
     if not (clone/'lib'/'model.py').is_file(): raise EmorlError(f'{clone} is not a clone of the published repository: it has no lib/model.py.')
     with write_beside(out) as beside:
         env = os.environ | {'PYTHONPATH': os.pathsep.join(str(Path(p).resolve()) for p in sys.path), 'CUDA_VISIBLE_DEVICES': ''}
         done = subprocess.run([sys.executable, '-c', 'from emorl.parity import _make_here; _make_here()'], env=env, text=True, capture_output=True,
             input=json.dumps([str(clone), str(beside.resolve()), m]))
-        if done.returncode: raise EmorlError(f'The published code in {clone} could not make this fixture: {(done.stderr.strip().splitlines() or ["it ended without a word"])[-1]}')
+        why = (done.stderr.strip().splitlines() or ['it ended without a word'])[-1]
+        if done.returncode: raise EmorlError(f'The published code in {clone} could not make this fixture: {why}')
     return Path(out)

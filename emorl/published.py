@@ -8,7 +8,7 @@ __all__ = ['parameters', 'Parameter', 'curriculum', 'parameter_table', 'publishe
            'number_optimizer', 'convert_optimizer', 'read_published', 'write_published']
 
 # %% ../nbs/api/2D_published.ipynb #521fcbc1
-import json, math
+import json, math, re, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,11 @@ def _data(c):
     if 'clevrtex' in (c.get('run_suffix') or c.get('experiment_name') or '') or not c['h5_path']: return c['path'] or 'clevrtex'
     return (Path(c['data_path'])/c['h5_path']).as_posix()
 
+def _last(c): return _refinements(c)[-1][1]
+def _warmup(c): return c['warmup'] if c['use_scheduler'] else 0
 def _word(key, table): return lambda c: lookup(c[key], table, f'published {key}')
+def _either(key, true, false): return lambda c: true if c[key] else false
+def _nothing(section, note, **defaults): return [Parameter(f'{section}.{k}', v, note=note) for k, v in defaults.items()]
 
 # %% ../nbs/api/2D_published.ipynb #f88ff9cf
 _net = (
@@ -70,11 +74,11 @@ _net = (
     Parameter('Net.z_size', 64, {'model.slot_size': 'z_size'}),
     Parameter('Net.input_size', [3, 64, 64], {'model.image_size': lambda c: c['input_size'][1:]}, 'height and width; the channels are three'),
     Parameter('Net.stochastic_layers', 3, {'model.num_layers': 'stochastic_layers'}),
-    Parameter('Net.refinement_iters', 3, {'model.num_refinements': lambda c: _refinements(c)[-1][1]}, 'in training the curriculum overrules it'),
+    Parameter('Net.refinement_iters', 3, {'model.num_refinements': _last, 'train.refinements': _refinements}, 'in training the curriculum overrules it'),
     Parameter('Net.image_decoder', 'iodine', {'model.decoder': _word('image_decoder', {k: k for k in ('small', 'iodine', 'big')})}),
     Parameter('Net.image_likelihood', 'Gaussian', {'model.likelihood': _word('image_likelihood', {'Gaussian': 'gaussian', 'GMM': 'mixture'})}, 'GMM is mixture'),
     Parameter('Net.log_scale', math.log(.1), {'model.std': _std}, 'the exponential'),
-    Parameter('Net.use_DualGRU', True, {'model.gru': lambda c: 'dual' if c['use_DualGRU'] else 'single', 'model.gru_init': lambda c: 'normal' if c['use_DualGRU'] else 'torch'},
+    Parameter('Net.use_DualGRU', True, {'model.gru': _either('use_DualGRU', 'dual', 'single'), 'model.gru_init': _either('use_DualGRU', 'normal', 'torch')},
         'dual or single, with the initial weights that go with it'),
     Parameter('Net.bottom_up_prior', False, {'model.hierarchy': _hierarchy}, 'bottom_up'),
     Parameter('Net.reverse_prior_plusplus', True, {'model.hierarchy': _hierarchy}, 'reversed++, or if false reversed'),
@@ -93,42 +97,40 @@ _kinds = {'EfficientMORL': 'emorl', 'SlotAttention': 'slot_attention'}
 _training = (
     Parameter('training.model', 'EfficientMORL', {'model.kind': _word('model', _kinds)}),
     Parameter('training.batch_size', 16, {'train.batch_size': 'batch_size'}, 'of all processes together'),
-    Parameter('training.iters', 500000, {'train.num_steps': 'iters'}, 'the published loop makes one more, whose first has rate 0'),
-    Parameter('training.refinement_curriculum', [[-1, 3], [100000, 1], [200000, 1]], {'train.refinements': _refinements, 'model.num_refinements': lambda c: _refinements(c)[-1][1]},
-        'from step, I'),
+    Parameter('training.iters', 500000, {'train.num_steps': 'iters'}, 'the published loop makes one step more; its first has rate 0'),
+    Parameter('training.refinement_curriculum', [[-1, 3], [100000, 1], [200000, 1]],
+        {'train.refinements': _refinements, 'model.num_refinements': _last}, 'from step, I'),
     Parameter('training.lr', 3e-4, {'train.lr': 'lr'}),
-    Parameter('training.use_scheduler', False, {'train.decay': lambda c: 'halving' if c['use_scheduler'] else 'none', 'train.warmup': lambda c: c['warmup'] if c['use_scheduler'] else 0},
-        'if false, a constant rate'),
-    Parameter('training.warmup', 10000, {'train.warmup': lambda c: c['warmup'] if c['use_scheduler'] else 0}),
-    Parameter('training.clip_grad_norm', True, {'train.clip': lambda c: 5. if c['clip_grad_norm'] else None}, 'norm 5'),
+    Parameter('training.use_scheduler', False, {'train.decay': _either('use_scheduler', 'halving', 'none'), 'train.warmup': _warmup}, 'if false, a constant rate'),
+    Parameter('training.warmup', 10000, {'train.warmup': _warmup}),
+    Parameter('training.clip_grad_norm', True, {'train.clip': _either('clip_grad_norm', 5., None)}, 'norm 5'),
     Parameter('training.kl_beta_init', 1., {'model.beta': 'kl_beta_init'}),
     *_geco('training', True, -23000.),
     Parameter('training.checkpoint_freq', 25000, {'train.save_every': 'checkpoint_freq'}),
     Parameter('training.tensorboard_freq', 100, {'train.log_every': 'tensorboard_freq'}),
     Parameter('training.run_suffix', 'debug', {'name': lambda c: c['run_suffix'] or 'published'}),
-    *(Parameter(f'training.{k}', v, note='the published code does not read it: it halves the rate every 100000 steps') for k, v in (('decay_rate', .5), ('decay_steps', 100000))),
-    Parameter('training.mode', 'train', note='the split; training uses train'),
-    *(Parameter(f'training.{k}', v, note='continuing a run is an option of `emorl_train`') for k, v in (('load_from_checkpoint', False), ('checkpoint', ''))),
-    Parameter('training.out_dir', 'experiments', note='an option of `emorl_train`'),
-    *(Parameter(f'training.{k}', v, note='belongs to the machine; decides no result') for k, v in (('num_workers', 8), ('DDP_port', 29500), ('tqdm', False))),
+    *_nothing('training', 'not read by the published code, which halves the rate every 100000 steps', decay_rate=.5, decay_steps=100000),
+    *_nothing('training', 'the split; training uses train', mode='train'),
+    *_nothing('training', 'an option of `emorl_train`', load_from_checkpoint=False, checkpoint='', out_dir='experiments'),
+    *_nothing('training', 'belongs to the machine; decides no result', num_workers=8, DDP_port=29500, tqdm=False),
 )
 _test = (
     Parameter('test.model', 'EfficientMORL', {'model.kind': _word('model', _kinds)}),
     *_geco('test', False, -20500.),
     Parameter('test.experiment_name', 'NAME_HERE', {'name': lambda c: c['experiment_name'] or 'published'}),
-    Parameter('test.batch_size', 1, note='results here do not depend on it'),
-    *(Parameter(f'test.{k}', v, note='says what a command shall do; a command here is asked to do it') for k, v in (('eval_type', 'disentanglement'), ('mode', 'test'),
-        ('num_images_to_process', 320), ('disentangle_slot', 0), ('checkpoint', ''), ('checkpoint_dir', 'weights'), ('out_dir', ''), ('clevrtex_variant', 'full'))),
-    Parameter('test.output_size', [3, 64, 64], note='sizes come from the images'),
-    *(Parameter(f'test.{k}', v, note='belongs to the machine; decides no result') for k, v in (('num_workers', 8), ('DDP_port', 29500))),
+    *_nothing('test', 'results do not depend on it', batch_size=1),
+    *_nothing('test', 'what to do with the model; here a command is asked for it', eval_type='disentanglement', mode='test', num_images_to_process=320,
+        disentangle_slot=0, checkpoint='', checkpoint_dir='weights', out_dir='', clevrtex_variant='full'),
+    *_nothing('test', 'sizes come from the images', output_size=[3, 64, 64]),
+    *_nothing('test', 'belongs to the machine; decides no result', num_workers=8, DDP_port=29500),
 )
 _rest = (
     Parameter('dataset.h5_path', '', {'data': _data}, 'a file; without one it is ClevrTex'),
     Parameter('dataset.data_path', '', {'data': _data}, 'the folder it lies in'),
     Parameter('texdataset.path', '', {'data': _data}, 'the folder of ClevrTex'),
-    *(Parameter(f'dataset.{k}', None, note='read where a measure needs them') for k in ('masks', 'factors')),
-    Parameter('dataset.clevr_preprocess_style', '', note='follows from the model\'s image size: CLEVR is cropped to its middle 192 x 192 and resized'),
-    Parameter('dataset.image_range', None, note='images are in [0,1] everywhere; the encoder makes them [-1,1]'),
+    *_nothing('dataset', 'read where a measure needs them', masks=False, factors=False),
+    *_nothing('dataset', 'how to crop and resize CLEVR: a matter of the dataset, not of the experiment', clevr_preprocess_style=''),
+    *_nothing('dataset', 'images are in [0,1] everywhere; the encoder makes them [-1,1]', image_range=None),
     Parameter('seed', 0, {'train.seed': 'seed'}, 'where a file is silent the published code draws one'),
 )
 parameters = {p.name: p for p in (*_net, *_training, *_test, *_rest)}
@@ -143,7 +145,7 @@ _slot_settings = {'kind', 'num_slots', 'slot_size', 'decoder', 'image_size'}
 
 def _flat(config):
     "Sections taken apart: {'Net.K': 4, ..., 'seed': 1}."
-    if not isinstance(config, Mapping): raise EmorlError(f'A published configuration is a JSON object with sections Net, dataset, training or test; got {type(config).__name__}.')
+    if not isinstance(config, Mapping): raise EmorlError(f'A published configuration has sections Net, dataset, training or test; got {type(config).__name__}.')
     res = {}
     for section, v in config.items(): res |= {f'{section}.{k}': x for k, x in v.items()} if isinstance(v, Mapping) else {section: v}
     return res
@@ -157,10 +159,10 @@ def _check(name, value):
 
 def _check_lists(c):
     "The shapes of the two lists."
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-    if not (len(s := c['input_size']) == 3 and all(map(whole, s)) and s[0] == 3 and min(s) > 0): raise EmorlError(f'Net.input_size must be [3, height, width]; got {s}.')
+    def whole(v, n): return isinstance(v, (list, tuple)) and len(v) == n and all(isinstance(x, int) and not isinstance(x, bool) for x in v)
+    if not (whole(s := c['input_size'], 3) and s[0] == 3 and min(s) > 0): raise EmorlError(f'Net.input_size must be [3, height, width]; got {s}.')
     for e in c.get('refinement_curriculum', ()):
-        if not (isinstance(e, (list, tuple)) and len(e) == 2 and all(map(whole, e)) and e[1] >= 0): raise EmorlError(f'An entry of training.refinement_curriculum must be [step, I]; got {e!r}.')
+        if not (whole(e, 2) and e[1] >= 0): raise EmorlError(f'An entry of training.refinement_curriculum must be [step, I]; got {e!r}.')
 
 def published_values(
     config:Mapping, # A published JSON
@@ -175,6 +177,16 @@ def published_values(
     _check_lists(c)
     return c
 
+_usual = {o.split('.')[-1]: p.default for p in parameters.values() for o in p.ours if '.geco_options.' in o}
+
+def _keep_what_counts(model, train):
+    "Drop the settings that this kind of model does not have, and GECO's where they are as usual or not used."
+    options = model.pop('geco_options')
+    if model['kind'] == 'slot_attention':
+        for k in model.keys() - _slot_settings: del model[k]
+        train['refinements'] = [[0, 0]]
+    elif model['geco_target'] is not None: model['geco_options'] = {k: v for k, v in options.items() if v != _usual[k]}
+
 def published_experiment(
     config:Mapping, # A published JSON, for training or for test, of EfficientMORL or Slot Attention
 )->dict:            # {'name', 'data', 'model', 'train'} in plain values; what they leave out is the default here
@@ -187,24 +199,40 @@ def published_experiment(
             part = res
             for s in sections: part = part.setdefault(s, {})
             part[last] = f(c) if isinstance(f, Callable) else c[f]
-    m = res['model']
-    if m['kind'] == 'slot_attention': res['model'] = {k: v for k, v in m.items() if k in _slot_settings}; res['train'].pop('refinements', None)
-    elif m['geco_target'] is None: del m['geco_options']
+    _keep_what_counts(res['model'], res['train'])
     return json.loads(json.dumps(res))
 
 # %% ../nbs/api/2D_published.ipynb #cac79449
-_gru, _cell = ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh'), 'hvae_networks.gru.cell.'
-_cells = [_cell + k for k in ('weight_ih_1', 'weight_hh_1', 'weight_ih_2', 'weight_hh_2', 'bias_ih', 'bias_hh', 'weight_in_1', 'weight_hn_1', 'weight_in_2', 'weight_hn_2', 'bias_in', 'bias_hn')]
+_cell = 'hvae_networks.gru.cell.'
+_cells = ['weight_ih_1', 'weight_hh_1', 'weight_ih_2', 'weight_hh_2', 'bias_ih', 'bias_hh',
+          'weight_in_1', 'weight_hn_1', 'weight_in_2', 'weight_hn_2', 'bias_in', 'bias_hn']
 
-def _layers(published, ours, indices=None, leaves=('weight', 'bias')):
-    "Names of the weights of one layer, or of those of a sequence that have any."
-    return {f'{published}{n}.{l}': f'{ours}{n}.{l}' for n in (('',) if indices is None else [f'.{i}' for i in indices]) for l in leaves}
-def _recurrent(published, ours): return {f'{published}.{l}_l0': f'{ours}.{l}' for l in _gru}
-def _encoder(p): return _layers(p + 'pos_embed_projection', 'encoder.position') | _layers(p + 'encoder_pt_1', 'encoder.convs', (0, 2, 4, 6)) | _layers(p + 'encoder_pt_2.0', 'encoder.norm') | {
-    f'{p}encoder_pt_2.{i}.{l}': f'encoder.mix.{o}.{l}' for i, o in ((1, 0), (3, 2)) for l in ('weight', 'bias')}
-def _decoder(p, convs): return _layers(p + 'image_decoder.decode', 'decoder.convs', range(0, 2*convs, 2)) | _layers(p + 'image_decoder.pos_embed_projection', 'decoder.position')
-def _attention(p, o, norms): return {k: v for a, b in {'norm_slots': 'norm_slots', **norms}.items() for k, v in _layers(p + a, o + b).items()} | {
-    k: v for n in 'qkv' for k, v in _layers(f'{p}to_{n}', f'{o}to_{n}', leaves=('weight',)).items()}
+def _sequence(published, ours, indices): return [(f'{published}.{i}', f'{ours}.{i}') for i in indices]
+
+def _encoder(): return [('pos_embed_projection', 'encoder.position'), *_sequence('encoder_pt_1', 'encoder.convs', (0, 2, 4, 6)),
+    ('encoder_pt_2.0', 'encoder.norm'), ('encoder_pt_2.1', 'encoder.mix.0'), ('encoder_pt_2.3', 'encoder.mix.2')]
+
+def _decoder(convs): return [*_sequence('image_decoder.decode', 'decoder.convs', range(0, 2*convs, 2)), ('image_decoder.pos_embed_projection', 'decoder.position')]
+
+def _slot_attention_modules(convs): return [('init_slots', ''), *_encoder(), ('norm_slots', 'norm_slots'), ('norm_pre_ff', 'norm_mlp'),
+    ('to_q', 'to_q'), ('to_k', 'to_k'), ('to_v', 'to_v'), *_sequence('mlp', 'mlp', (0, 2)), ('gru', 'gru'), *_decoder(convs)]
+
+def _emorl_modules(convs, dual):
+    b = 'bottom_up.'
+    gru = [(f'gru.cell.{c}', '') for c in _cells] if dual else [('gru', b + 'gru.cell'), ('project_update', b + 'gru.project')]
+    hvae = [('init_posterior', ''), *_encoder(), ('norm_slots', b + 'norm_slots'), ('norm_mu_pre_ff', b + 'norm_loc'), ('norm_softplus_pre_ff', b + 'norm_raw'),
+        ('to_q', b + 'to_q'), ('to_k', b + 'to_k'), ('to_v', b + 'to_v'), *gru,
+        *_sequence('mlp_mu', b + 'mlp_loc', (0, 2)), *_sequence('mlp_softplus', b + 'mlp_raw', (0, 2)), *_decoder(convs),
+        ('indep_prior.z_linear.0', 'prior.hidden'), ('indep_prior.z_mu', 'prior.loc'), ('indep_prior.z_softplus', 'prior.raw')]
+    refine = [('recurrence', 'refiner.cell'), *_sequence('encoding', 'refiner.encode', (0, 2)), ('loc', 'refiner.loc'), ('softplus', 'refiner.raw')]
+    return [(f'hvae_networks.{p}', o) for p, o in hvae] + [(f'refinenet.{p}', o) for p, o in refine]
+
+def _tensors(published, ours):
+    "The weights of one module: (published name, ours)."
+    if not ours: return [(published, '')]
+    kind = published.split('.')[-1]
+    if kind in ('gru', 'recurrence'): return [(f'{published}.{w}_l0', f'{ours}.{w}') for w in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh')]
+    return [(f'{published}.{w}', f'{ours}.{w}') for w in (('weight',) if kind.startswith('to_') else ('weight', 'bias'))]
 
 def weight_names(
     kind:str='emorl',  # 'emorl' or 'slot_attention'
@@ -212,14 +240,8 @@ def weight_names(
     dual:bool=True,    # The dual GRU
 )->dict:               # Published name -> ours, in the published order; '' where ours is stored in another shape
     "The names of every weight."
-    if kind == 'slot_attention': return {'init_slots': ''} | _encoder('') | _attention('', '', {'norm_pre_ff': 'norm_mlp'}) | _layers('mlp', 'mlp', (0, 2)) | _recurrent('gru', 'gru') | _decoder('', convs)
-    h, b = 'hvae_networks.', 'bottom_up.'
-    return {'geco_C_ema': 'objective.ema', 'geco_beta': 'objective.multiplier', h + 'init_posterior': ''} | _encoder(h) \
-        | _attention(h, b, {'norm_mu_pre_ff': 'norm_loc', 'norm_softplus_pre_ff': 'norm_raw'}) \
-        | (dict.fromkeys(_cells, '') if dual else _recurrent(h + 'gru', b + 'gru.cell') | _layers(h + 'project_update', b + 'gru.project')) \
-        | _layers(h + 'mlp_mu', b + 'mlp_loc', (0, 2)) | _layers(h + 'mlp_softplus', b + 'mlp_raw', (0, 2)) | _decoder(h, convs) \
-        | _layers(h + 'indep_prior.z_linear.0', 'prior.hidden') | _layers(h + 'indep_prior.z_mu', 'prior.loc') | _layers(h + 'indep_prior.z_softplus', 'prior.raw') \
-        | _recurrent('refinenet.recurrence', 'refiner.cell') | _layers('refinenet.encoding', 'refiner.encode', (0, 2)) | _layers('refinenet.loc', 'refiner.loc') | _layers('refinenet.softplus', 'refiner.raw')
+    geco = {'geco_C_ema': 'objective.ema', 'geco_beta': 'objective.multiplier'} if kind == 'emorl' else {}
+    return geco | dict(t for m in (_emorl_modules(convs, dual) if kind == 'emorl' else _slot_attention_modules(convs)) for t in _tensors(*m))
 
 # %% ../nbs/api/2D_published.ipynb #4a749b73
 def names_of(
@@ -227,7 +249,7 @@ def names_of(
 )->dict:           # As `weight_names`
     "The names of all weights of the model that a state belongs to."
     emorl = any(k.startswith(('hvae_networks.', 'refinenet.', 'bottom_up.', 'refiner.', 'prior.')) for k in state)
-    numbers = [int(n) for k in state for head, _, tail in [k.partition('decode.') if 'decode.' in k else k.partition('decoder.convs.')] if (n := tail.split('.')[0]).isdigit()]
+    numbers = [int(m[1]) for k in state if (m := re.search(r'(?:image_decoder\.decode|decoder\.convs)\.(\d+)\.', k))]
     single = any(k.startswith(('hvae_networks.gru.weight', 'bottom_up.gru.cell')) for k in state)
     return weight_names('emorl' if emorl else 'slot_attention', max(numbers, default=-2)//2 + 1, not single)
 
@@ -242,41 +264,47 @@ def check_names(
     if lost: raise EmorlError(f'{what} lacks {len(lost)} weights of the published model, {lost[0]!r} first.')
 
 # %% ../nbs/api/2D_published.ipynb #d1f5b6a0
-def _join(state):
-    "The tensors that the published model stores together, from ours."
-    res, start = {}, 'bottom_up.' if 'bottom_up.loc' in state else ''
-    if start + 'loc' in state: res['hvae_networks.init_posterior' if start else 'init_slots'] = torch.cat([state[start + 'loc'], state[start + 'raw']])[None]
+def _join_cells(state):
+    "The tensors of the published dual GRU, from our two cells."
+    res = {}
     for side, new in (('ih', 'in'), ('hh', 'hn')):
-        w, b = ([state[f'bottom_up.gru.{half}.{kind}_{side}'] for half in ('loc', 'raw') if f'bottom_up.gru.{half}.{kind}_{side}' in state] for kind in ('weight', 'bias'))
-        for n, (half, bias) in enumerate(zip(w, b), 1): res |= {f'{_cell}weight_{side}_{n}': half[:len(half)//3*2], f'{_cell}weight_{new}_{n}': half[len(half)//3*2:]}
-        if b: res |= {f'{_cell}bias_{side}': torch.cat([x[:len(x)//3*2] for x in b]), f'{_cell}bias_{new}': torch.cat([x[len(x)//3*2:] for x in b])}
+        biases = []
+        for n, half in enumerate(('loc', 'raw'), 1):
+            if (w := state.get(f'bottom_up.gru.{half}.weight_{side}')) is None: continue
+            gates = len(w)//3*2
+            res[f'{_cell}weight_{side}_{n}'], res[f'{_cell}weight_{new}_{n}'] = w[:gates], w[gates:]
+            biases.append(state[f'bottom_up.gru.{half}.bias_{side}'].tensor_split([gates]))
+        if biases: res[f'{_cell}bias_{side}'], res[f'{_cell}bias_{new}'] = map(torch.cat, zip(*biases))
     return res
 
-def _split(state):
-    "Ours, from the tensors that the published model stores together."
+def _split_cells(state):
+    "Our two cells, from the tensors of the published dual GRU."
     res = {}
-    for name, start in (('hvae_networks.init_posterior', 'bottom_up.'), ('init_slots', '')):
-        if name in state: res[start + 'loc'], res[start + 'raw'] = (t.clone() for t in state[name][0].chunk(2))
     for side, new in (('ih', 'in'), ('hh', 'hn')):
+        if f'{_cell}bias_{side}' not in state: continue
         for n, half in enumerate(('loc', 'raw')):
-            w, b = ([state[k] for k in keys if k in state] for keys in ([f'{_cell}weight_{s}_{n+1}' for s in (side, new)], [f'{_cell}bias_{s}' for s in (side, new)]))
-            if len(w) == len(b) == 2: res |= {f'bottom_up.gru.{half}.weight_{side}': torch.cat(w), f'bottom_up.gru.{half}.bias_{side}': torch.cat([t.chunk(2)[n] for t in b])}
+            res[f'bottom_up.gru.{half}.weight_{side}'] = torch.cat([state[f'{_cell}weight_{s}_{n+1}'] for s in (side, new)])
+            res[f'bottom_up.gru.{half}.bias_{side}'] = torch.cat([state[f'{_cell}bias_{s}'].chunk(2)[n] for s in (side, new)])
     return res
+
+_initial = {'hvae_networks.init_posterior': 'bottom_up.', 'init_slots': ''} # Where its halves `loc` and `raw` are
 
 def to_published(
     state:Mapping, # By our names: weights, gradients, moments; some may be missing
 )->dict:           # By published names, in the published order
     "Ours in the published layout."
-    joined, names = _join(state), names_of(state)
-    return {k: joined[k] if k in joined else state[o] for k, o in names.items() if k in joined or o in state}
+    joined = _join_cells(state) | {k: torch.cat([state[o + 'loc'], state[o + 'raw']])[None] for k, o in _initial.items() if o + 'loc' in state}
+    return {k: joined[k] if k in joined else state[o] for k, o in names_of(state).items() if k in joined or o in state}
 
 def to_ours(
-    state:Mapping,          # By published names: weights, gradients, moments; some may be missing
+    state:Mapping,             # By published names: weights, gradients, moments; some may be missing
     warm_start_over:bool=True, # Whether GECO acts, where the state has GECO's
-)->dict:                    # By our names
+)->dict:                       # By our names
     "The published in our layout; an `EmorlError` names a weight that the published model does not have."
     names = names_of(state)
-    res = {o: v for k, v in state.items() if (o := lookup(k, names, 'weight of the published model'))} | _split(state)
+    res = {o: v for k, v in state.items() if (o := lookup(k, names, 'weight of the published model'))} | _split_cells(state)
+    for k, o in _initial.items():
+        if k in state: res[o + 'loc'], res[o + 'raw'] = (half.clone() for half in state[k][0].chunk(2))
     return res | ({'objective.active': torch.tensor(warm_start_over)} if 'geco_beta' in state else {})
 
 # %% ../nbs/api/2D_published.ipynb #a8a29252
@@ -285,7 +313,7 @@ class PublishedCheckpoint:
     "What a published `.pth` file holds."
     weights:dict              # By published names, without `module.`
     step:int = 0              # The step it was saved at
-    optimizer:dict|None = None# {'state': {published name: Adam's entries}, 'settings': {'lr': ..., ...}}
+    optimizer:dict|None = None# {'state': {published name: Adam's entries}, 'settings': {'lr': ..., ...}}; None where there is none that fits
     kl_beta:float = 1.        # Weight of the KL
 
 def name_optimizer(
@@ -295,39 +323,45 @@ def name_optimizer(
     "An optimizer's state by name instead of by number."
     group, = state['param_groups']
     if len(group['params']) != len(names): raise EmorlError(f'The optimizer knows {len(group["params"])} parameters, the model has {len(names)}.')
-    return {'state': {names[n]: dict(state['state'][i]) for n, i in enumerate(group['params']) if i in state['state']}, 'settings': {k: v for k, v in group.items() if k != 'params'}}
+    entries = {names[n]: dict(state['state'][i]) for n, i in enumerate(group['params']) if i in state['state']}
+    return {'state': entries, 'settings': {k: v for k, v in group.items() if k != 'params'}}
 
 def number_optimizer(
     named:Mapping,   # As `name_optimizer` gives it
     names:list[str], # Of its parameters, in order
 )->dict:             # `state_dict` of an optimizer
     "The way back."
-    return {'state': {n: dict(named['state'][k]) for n, k in enumerate(names) if k in named['state']}, 'param_groups': [named['settings'] | {'params': list(range(len(names)))}]}
+    entries = {n: dict(named['state'][k]) for n, k in enumerate(names) if k in named['state']}
+    return {'state': entries, 'param_groups': [named['settings'] | {'params': list(range(len(names)))}]}
 
 def convert_optimizer(
     named:Mapping,    # Of Adam, by the names of one layout
     convert:Callable, # `to_ours` or `to_published`
 )->dict:
     "Adam's state by the names of the other layout: its moments have the shape of weights, and so are taken apart and put together like them."
-    state, part = named['state'], lambda key: convert({k: v[key] for k, v in named['state'].items()})
+    state = named['state']
     steps = convert({k: torch.full_like(v['exp_avg'], float(v['step'])) for k, v in state.items()})
-    moments = {key: part(key) for key in ('exp_avg', 'exp_avg_sq')}
-    return {'state': {k: {'step': steps[k].flatten()[0].float()} | {key: m[k] for key, m in moments.items()} for k in moments['exp_avg']}, 'settings': dict(named['settings'])}
+    first, second = (convert({k: v[m] for k, v in state.items()}) for m in ('exp_avg', 'exp_avg_sq'))
+    return {'state': {k: dict(step=steps[k].flatten()[0].float(), exp_avg=first[k], exp_avg_sq=second[k]) for k in first}, 'settings': dict(named['settings'])}
 
 # %% ../nbs/api/2D_published.ipynb #950a6f4f
-def _canonical(key, emorl, names):
-    "Today's name of a weight in a published file; '' for what is no weight any more."
-    key = key.removeprefix('module.')
-    if 'gru.cell.zeros' in key or 'generation_relation' in key: return ''
-    key = key.replace('object_discovery_block.', 'hvae_networks.', 1)
-    return f'hvae_networks.{key}' if emorl and key not in names and f'hvae_networks.{key}' in names else key
+def _canonical(keys):
+    "Today's name of each name in a published file; '' for what is no weight any more."
+    bare = [k.removeprefix('module.').replace('object_discovery_block.', 'hvae_networks.', 1) for k in keys]
+    emorl = any(k.startswith(('hvae_networks.', 'refinenet.')) for k in bare)
+    names = names_of([k if k.startswith(('hvae_networks.', 'refinenet.')) or not emorl else f'hvae_networks.{k}' for k in bare])
+    def today(k):
+        if 'gru.cell.zeros' in k or 'generation_relation' in k: return ''
+        return f'hvae_networks.{k}' if k not in names and f'hvae_networks.{k}' in names else k
+    return dict(zip(keys, map(today, bare)))
 
 def _load(path):
     "The plain values of a pickle; nothing in it is executed."
     if not Path(path).is_file(): raise EmorlError(f'There is no file {path}.')
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise EmorlError(f'{path} is not a checkpoint of the published code: it cannot be read as tensors and plain values alone, and nothing in it was executed '
-                                            f'({type(e).__name__}).') from e
+    try:
+        with warnings.catch_warnings(action='ignore'): return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise EmorlError(f'{path} is not a checkpoint of the published code: it is not tensors and plain values alone; nothing in it was executed.') from e
 
 def read_published(
     path:str|Path, # A `.pth` file
@@ -337,25 +371,23 @@ def read_published(
     state = file.get('model') if isinstance(file, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise EmorlError(f'{path} is not a checkpoint of the published code: that is a dictionary of step, model, model_opt and kl_beta, with tensors in model.')
-    emorl = any(('hvae_networks.', 'refinenet.', 'object_discovery_block.')[n] in k for k in state for n in range(3))
-    known = names_of([f'hvae_networks.{k}' if emorl else k for k in (k.removeprefix('module.').removeprefix('hvae_networks.').removeprefix('object_discovery_block.') for k in state)])
-    renamed = {k: _canonical(k, emorl, known) for k in state}
+    renamed = _canonical(list(state))
     weights = {n: state[k] for k, n in renamed.items() if n}
     check_names(weights, str(path))
-    step, beta = file.get('step', 0), file.get('kl_beta', 1.)
+    step, beta = (v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in (file.get('step', 0), file.get('kl_beta', 1.)))
     if not isinstance(step, int) or not isinstance(beta, (int, float)): raise EmorlError(f'{path} has step {step!r} and kl_beta {beta!r}; they must be numbers.')
-    order = [n or k for k, n in renamed.items() if 'gru.cell.zeros' not in k]
-    return PublishedCheckpoint(weights, step, _named(file.get('model_opt'), order, weights, path), beta)
+    optimizer = _named(file.get('model_opt'), [n or k for k, n in renamed.items() if 'gru.cell.zeros' not in k], weights)
+    if file.get('model_opt') and not optimizer: warnings.warn(f'The optimizer in {path} does not fit its model; only the weights are used.')
+    return PublishedCheckpoint(weights, step, optimizer, beta)
 
-def _named(state, order, weights, path):
-    "The optimizer's state by the weights' names."
-    if state is None: return None
-    try: named = name_optimizer(state, order)
-    except (EmorlError, KeyError, TypeError, ValueError, AttributeError) as e: raise EmorlError(f'The optimizer in {path} is not one of its model: {e}.') from e
-    named['state'] = {k: v for k, v in named['state'].items() if k in weights}
-    for k, v in named['state'].items():
-        if not all(isinstance(v.get(m), Tensor) and v[m].shape == weights[k].shape for m in ('exp_avg', 'exp_avg_sq')): raise EmorlError(f'The optimizer in {path} does not fit the weight {k}.')
-    return named
+def _named(state, order, weights):
+    "The optimizer's state by the weights' names; None where it is not of this model."
+    try:
+        named = name_optimizer(state, order)
+        named['state'] = {k: v for k, v in named['state'].items() if k in weights}
+        fits = all(v[m].shape == weights[k].shape for k, v in named['state'].items() for m in ('exp_avg', 'exp_avg_sq'))
+    except (EmorlError, KeyError, TypeError, ValueError, AttributeError): return None
+    return named if fits else None
 
 def write_published(
     path:str|Path,                  # Where to
@@ -367,5 +399,6 @@ def write_published(
     weights = geco | dict(c.weights)
     check_names(weights, 'the state to write')
     fresh = {'state': {}, 'settings': dict(lr=3e-4, betas=(.9, .999), eps=1e-8, weight_decay=0, amsgrad=False)}
-    file = {'step': c.step, 'model': {f'module.{k}': weights[k].detach().cpu().clone() for k in names}, 'model_opt': number_optimizer(c.optimizer or fresh, list(names)), 'kl_beta': c.kl_beta}
+    model = {f'module.{k}': weights[k].detach().cpu().clone() for k in names}
+    file = {'step': c.step, 'model': model, 'model_opt': number_optimizer(c.optimizer or fresh, list(names)), 'kl_beta': c.kl_beta}
     with write_beside(path) as beside: torch.save(file, beside)

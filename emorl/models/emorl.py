@@ -78,21 +78,26 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         unused = [self.encoder, *b.children()]*(c.num_layers == 0) + [self.prior]*(c.num_layers < 2) + [self.refiner]*(c.num_refinements == 0)
         for m in unused: m.requires_grad_(False)
 
-    def _bottom_up(self, image, num_slots, num_layers, draw):
+    def _bottom_up(self, image, num_slots, num_layers, draw, precision):
         "First stage: posterior and slots of the last layer, the layers, and the size of the encoder's grid."
         if not num_layers:
             posterior = self.bottom_up.initial(len(image), num_slots)
             return posterior, draw(posterior), (), None
-        features = self.encoder(image)
+        features = _encode(self.encoder, image, precision)
         return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw), features.shape[1:3]
 
     def _hierarchical_kl(self, posterior, layers, draw):
-        "KL of the first estimate, the layers with theirs, and the prior of the refined posterior."
-        if not layers: return slot_kl(posterior), (), None
+        "KL of the first estimate (none without layers, as published), the layers with theirs, and the prior of the refined posterior."
+        if not layers: return posterior.loc.new_zeros(len(posterior.loc)), (), None
         kls, refined_prior = hierarchical_kl(layers, self.prior, draw, self.config.hierarchy)
         return sum(kls), tuple(replace(l, kl=k) for l, k in zip(layers, kls)), refined_prior
 
 # %% ../../nbs/api/30_emorl.ipynb #8b5066c4
+def _encode(encoder, image, precision):
+    "Features, computed in `bfloat16` if that is the precision: `float16` needs a loss scale, which only the decoder has."
+    if precision != torch.bfloat16: return encoder(image)
+    with torch.autocast(image.device.type, precision): return encoder(image).to(image.dtype)
+
 def _leaf(posterior):
     "The same parameters as leaves of a new graph."
     return SlotGaussian(*(p.detach().clone().requires_grad_() for p in (posterior.loc, posterior.raw)))
@@ -114,18 +119,20 @@ def infer(self:EfficientMORL,
     sample:bool=True,                # False: posterior means after the initial draw
     noise:Iterable[Tensor]=None,     # Noise of every draw, each [b k d] or [b*k d]; None: fresh
     gradient_batch:int=1,            # Divisor of each image's own gradient; training: the global batch
-    plain:bool=False,                # Leave every decode to autograd (slow; the oracle)
+    plain:bool=False,                # As published: leave every decode to autograd (slow; the oracle)
+    decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
+    precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
     num_refinements = c.num_refinements if num_refinements is None else num_refinements
     num_slots, num_layers = num_slots or c.num_slots, c.num_layers if num_layers is None else num_layers
-    draw, painting = Draw(noise, sample), paint_plain if plain else partial(paint, train=train)
-    posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw)
+    draw, painting = Draw(noise, sample), partial(paint_plain, precision=precision) if plain else partial(paint, train=train, decode_chunk=decode_chunk, precision=precision)
+    posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw, precision)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None
     for i in range(num_refinements + 1):
-        with torch.enable_grad():
+        with torch.set_grad_enabled(train or i < num_refinements):
             if not train:
                 posterior = _leaf(posterior); slots = posterior.sample(eps)
                 if i == 0 and layers: layers = *layers[:-1], replace(layers[-1], posterior=posterior)
@@ -134,7 +141,8 @@ def infer(self:EfficientMORL,
             nll, recon = painting(self.decoder, self.likelihood, slots, image)
             if i < num_refinements:
                 w_nll, w_kl = objective.weights
-                gradient = torch.autograd.grad((w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw), retain_graph=train or i == 0)
+                gradient = torch.autograd.grad((w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw),
+                                               retain_graph=train or i == 0, create_graph=train and plain)
         yield _record(train, posterior=posterior, slots=slots, recon=recon.detach(), nll=nll, kl=kl, attention=attention,
                       layers=layers if i == 0 else (), update_norm=norm)
         if i == num_refinements: return
