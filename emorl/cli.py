@@ -96,6 +96,8 @@ def emorl_evaluate(
     num_refinements:int=None,          # I (default: the model's)
     num_slots:int=None,                # K (default: the model's)
     batch_size:int=32,                 # Changes the speed, not the result
+    decode_chunk:int=None,             # Most slots of images decoded at a time, against memory (default: all)
+    precision:str='float32',           # Of encoder and decoder: float32, bf16 or fp16
     seed:int=0,                        # Of the noise
     json:bool=False,                   # Print one JSON object instead of the table
     out:str=None,                      # Folder for results.json and slots.png
@@ -104,7 +106,7 @@ def emorl_evaluate(
     net, results = load(model), []
     for name in data or [net.experiment.get('data', 'tetrominoes')]:
         dataset = open_dataset(name, split)
-        results.append(evaluate(net, dataset, num_images, batch_size, seed, num_refinements, num_slots))
+        results.append(evaluate(net, dataset, num_images, batch_size, seed, num_refinements, num_slots, decode_chunk=decode_chunk, precision=precision))
         if not json: print(results[-1], end='\n\n')
     if json: print(_json(results))
     if not out: return

@@ -2,6 +2,7 @@
 import errno, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import emorl.cli
@@ -60,6 +61,20 @@ def test_baselines_by_the_same_commands(preset, tmp_path):
     res = json.loads(run('emorl_evaluate', out, '--data', 'tetrominoes_real', '--json', '--out', tmp_path)[0])
     assert res['num_images'] == 10 and res['mse']['mean'] > 0 and (res['kl']['mean'] == 0) == (preset[0] == 's')
     assert (tmp_path/'slots.png').exists()
+    # to a file of the published code and back: the same model
+    assert run('emorl_convert', out, tmp_path/'x.pth')[0].strip() == str(tmp_path/'x.pth')
+    run('emorl_convert', tmp_path/'x.pth', tmp_path/'back', '--config', preset)
+    again = json.loads(run('emorl_evaluate', tmp_path/'back', '--data', 'tetrominoes_real', '--json')[0])
+    assert again == res
+
+def test_parity_of_files(error, tmp_path):
+    path = Path(__file__).parents[2]/'shared/parity/slot_attention_small.npz'
+    if not path.exists(): pytest.skip(f'{path.name} is not beside the project')
+    assert '1 of 1 files agree' in run('emorl_parity', path)[0]
+    with np.load(path) as z: arrays = {k: z[k] for k in z.files}
+    np.savez(tmp_path/'other.npz', **arrays | {'total_loss': arrays['total_loss']*1.001})
+    out, err = run('emorl_parity', path, tmp_path/'other.npz', ok=1)
+    assert '1 of 2 files agree' in out and err == f'emorl_parity: Not as published: {tmp_path/"other.npz"}\n'
 
 def test_evaluate_prints_a_table_per_dataset(trained):
     out, _ = run('emorl_evaluate', trained, '--data', 'tetrominoes', 'tetrominoes_real', '--num-images', 10)
@@ -104,6 +119,11 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_train', 'slot_attention_tetrominoes', '--refinements', '[[0,2]]'], 'has no refinements'),
     (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
     (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),
+    (['emorl_parity', 'nowhere.npz'], 'nowhere.npz'),
+    (['emorl_parity', 'make', '--published', '.', '--out', 'x.npz'], 'lib/model.py'),
+    (['emorl_convert', 'x.pth', 'folder'], '--config'),
+    (['emorl_convert', 'x.pth', 'folder', '--config', 'tetrominoes'], 'x.pth'),
+    (['emorl_convert', 'tetrominoes_cpu', 'x.pth'], 'the published code knows only its own shapes'),
 ])
 def test_errors_are_one_line(args, says, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,7 +147,7 @@ def test_files_that_are_not_what_they_say(trained, error, tmp_path):
     assert 'cut.h5' in error('emorl_evaluate', trained, '--data', cut)
 
 def test_model_for_another_image_size(error, tmp_path):
-    import h5py, numpy as np
+    import h5py
     with h5py.File(tmp_path/'big.h5', 'w') as f:
         for s in ('train', 'test'):
             f[f'{s}/imgs'] = np.zeros((4, 64, 64, 3), np.uint8)
