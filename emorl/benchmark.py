@@ -79,18 +79,18 @@ class WorkRecorder(TorchDispatchMode):
         start = self.clock()
         out = func(*args, **kwargs)
         seconds = self.clock() - start
-        signature = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype), args)
+        signature = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype, t.device), args)
         call = self.calls.setdefault((func, repr(signature)), {'func': func, 'args': signature, 'flop': flop_registry[func.overloadpacket](*args, **kwargs, out_val=out), 'seconds': []})
         call['seconds'].append(seconds)
         return out
 
-def _is_signature(x): return isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)
+def _is_signature(x): return isinstance(x, tuple) and len(x) == 4 and isinstance(x[2], torch.dtype)
 
 def _fresh(x):
     "A tensor like the one that a signature describes; lists with such inside; anything else as it is."
     if not _is_signature(x): return [_fresh(v) for v in x] if isinstance(x, (list, tuple)) else x
-    shape, strides, dtype = x
-    storage = torch.randn(1 + sum((n - 1)*s for n, s in zip(shape, strides)) if 0 not in shape else 0).to(dtype)
+    shape, strides, dtype, device = x
+    storage = torch.randn(1 + sum((n - 1)*s for n, s in zip(shape, strides)) if 0 not in shape else 0, device=device).to(dtype)
     return storage.as_strided(shape, strides)
 
 def replay(
@@ -117,11 +117,14 @@ def clock_of(device)->Callable:
 def work_of(
     run:Callable,    # A side
     clock:Callable,
-    repeats:int=3,   # Runs; the one with the median share counts
+    repeats:int=3,   # The one with the median share counts
 )->dict:
     "Convolutions and matrix products of a run: their share of its time, and their rate against running alone."
     def once():
-        with WorkRecorder(clock) as recorder: start = clock(); run(); seconds = clock() - start
+        start = clock()
+        run()
+        seconds = clock() - start
+        with WorkRecorder(clock) as recorder: run() # Recording takes time, though not within what it records
         return sum(sum(c['seconds']) for c in recorder.calls.values())/seconds, seconds, recorder.calls
     share, seconds, calls = sorted((once() for _ in range(repeats)), key=lambda r: r[0])[repeats//2]
     work, flop = share*seconds, sum(c['flop']*len(c['seconds']) for c in calls.values())
@@ -158,30 +161,32 @@ def _compare(sides, rounds, device, per=None):
 
 def benchmark(
     config:ModelConfig,         # The model's shape
-    batch_size:int=8,           # Of a training step, and of our evaluation
+    batch_size:int=8,           # Of a training step
     rounds:int=5,
     num_refinements:int=None,   # I in training; None: 3, or none if the model has none
     chunks:tuple=(),            # Also measure the training step with these `decode_chunk`s
     precision:torch.dtype=None, # Of encoder and decoder, on both sides
+    eval_batch:int=None,        # Images at a time in our evaluation; None: those of a training step
     device:str='cpu',
     work:bool=True,             # Also record convolutions and matrix products
     seed:int=0,
 )->dict:                        # As JSON can say it: `train_step`, `evaluate`, and what they were measured on
     "Fast against plain for one model shape, on random images and fresh weights."
-    if batch_size < 1 or rounds < 1: raise EmorlError(f'A benchmark wants at least one image and one round; got {batch_size} and {rounds}.')
+    eval_batch = batch_size if eval_batch is None else eval_batch
+    if min(batch_size, eval_batch, rounds) < 1: raise EmorlError(f'A benchmark wants at least one image and one round; got {batch_size}, {eval_batch} and {rounds}.')
     torch.manual_seed(seed)
     keep_buffers()
     model = build_model(config).to(device)
-    images = torch.rand(batch_size, 3, *config.image_size, device=device)
+    images, unseen = (torch.rand(n, 3, *config.image_size, device=device) for n in (batch_size, eval_batch))
     i = num_refinements if num_refinements is not None else 3 if config.num_refinements else 0
     sides = {'plain': training_side(_published(model), images, i, plain=True, precision=precision), 'fast': training_side(copy.deepcopy(model), images, i, precision=precision)}
     sides |= {f'chunk{n}': training_side(copy.deepcopy(model), images, i, decode_chunk=n, precision=precision) for n in chunks}
     train = {'num_refinements': i} | _compare(sides, rounds, device)
     if work: train['work'] = work_of(sides['fast'], clock_of(device))
     del sides
-    sides = {'plain': evaluation_side(_published(model), images[:1], config.num_refinements, plain=True, precision=precision),
-             'fast': evaluation_side(model, images, config.num_refinements, precision=precision)}
-    evaluate = {'num_refinements': config.num_refinements} | _compare(sides, rounds, device, {'fast': batch_size})
+    sides = {'plain': evaluation_side(_published(model), unseen[:1], config.num_refinements, plain=True, precision=precision),
+             'fast': evaluation_side(model, unseen, config.num_refinements, precision=precision)}
+    evaluate = {'num_refinements': config.num_refinements, 'batch_size': eval_batch} | _compare(sides, rounds, device, {'fast': eval_batch})
     return _where(device, precision, batch_size, rounds) | {'train_step': train, 'evaluate': evaluate}
 
 def _where(device, precision, batch_size, rounds):
@@ -198,7 +203,7 @@ def benchmark_table(
 )->str:
     "What was measured, as text."
     lines = [f"{name}, batch {res['batch_size']}, {res['precision']}, {res['device']}" + (f", {res['threads']} thread(s)" if res['threads'] else '')]
-    for label, part in (('training step', res['train_step']), ('evaluation, per image', res['evaluate'])):
+    for label, part in (('training step', res['train_step']), (f"evaluation, per image (ours in batches of {res['evaluate']['batch_size']})", res['evaluate'])):
         lines.append(f"{label}, I = {part['num_refinements']}")
         for k in (k.removesuffix('_seconds') for k in part if k.endswith('_seconds')):
             against = '' if k == 'plain' else f"   plain/this {_ratio(part, k)}, memory {part[f'memory_{k}_over_plain']:.2f} of plain"

@@ -16,7 +16,8 @@ from matplotlib.image import imsave
 
 from .checkpoint import export_published, import_published, load
 from .core import EmorlError
-from .data.datasets import contact_sheet, describe, make_dataset, open_dataset
+from .data.datasets import contact_sheet, convert, describe, make_dataset, open_at, verify
+from .data.shifts import Shift
 from .evaluate import evaluate, save_results, slot_picture
 from .files import write_beside, write_json
 from .parity import make_fixture, parity_report
@@ -59,7 +60,7 @@ def command(
         except EmorlError as e:
             if debug: raise
             print(f'{func.__name__}: {e}', file=sys.stderr); sys.exit(1)
-        except KeyboardInterrupt: print(f'{func.__name__}: interrupted', file=sys.stderr); sys.exit(130)
+        except KeyboardInterrupt as e: print(f'{func.__name__}: {e or "interrupted"}', file=sys.stderr); sys.exit(130)
         except BrokenPipeError: sys.exit(1)
         except OSError as e: # A full disk, a folder that may not be written, a file that vanished
             if debug: raise
@@ -105,7 +106,7 @@ def emorl_evaluate(
     "Segmentation and reconstruction on a dataset, as a table with intervals."
     net, results = load(model), []
     for name in data or [net.experiment.get('data', 'tetrominoes')]:
-        dataset = open_dataset(name, split)
+        dataset = open_at(name, split, net.config.image_size)
         results.append(evaluate(net, dataset, num_images, batch_size, seed, num_refinements, num_slots, decode_chunk=decode_chunk, precision=precision))
         if not json: print(results[-1], end='\n\n')
     if json: print(_json(results))
@@ -121,22 +122,36 @@ def _json(results):
 # %% ../nbs/api/90_cli.ipynb #0722416d
 @command
 def emorl_data(
-    action:Param('What to do', str, choices=['make', 'info']),
-    name:str,                      # make: a generated dataset; info: a name or a file
-    num:int=1000,                  # make: scenes of the train split
-    num_test:int=320,              # make: scenes of the test split
-    seed:int=0,                    # make: of the scenes
-    out:str=None,                  # make: the HDF5 file to write; info: a PNG for a contact sheet
+    action:Param('What to do', str, choices=['make', 'convert', 'info', 'verify']),
+    source:str,                     # make: a generated dataset; else: a name, a file or a folder
+    to:Param('convert: the HDF5 file to write', str, opt=False, nargs='?')='',
+    num:int=1000,                   # make: scenes of the train split
+    num_test:int=None,              # make, convert: scenes of the test split (default: 320, or as published)
+    num_train:int=None,             # convert: scenes of the train split (default: as published)
+    max_objects:int=None,           # convert: leave out scenes with more objects; 6 makes CLEVR6
+    size:int=None,                  # convert: cut and resize as published, to 96 or 128
+    processes:int=1,                # make, convert: how many work at the same time
+    seed:int=0,                     # make: of the scenes
+    out:str=None,                   # make: the HDF5 file to write; info: a PNG for a contact sheet
+    settings:Param('', str)='',
 ):
-    "Write a generated dataset in the published HDF5 layout, or say what a dataset is."
+    "make: write a generated dataset in the published HDF5 layout (its own options follow, as --size [64,64]). convert: turn any file or folder of scenes into that layout. Both go on where they were interrupted. info: say what a dataset is. verify: check all of it."
+    bar = sys.stderr.isatty()
+    if settings and action != 'make': raise EmorlError(f'Only make takes options of a dataset; got --{next(iter(settings))}.')
     if action == 'make':
         if not out: raise EmorlError('Say where to write the file: --out FILE.h5')
-        make_dataset(name, num, out, num_test, seed, progress=sys.stderr.isatty())
-        name = out
-    print('\n'.join(_lines(describe(name))))
+        options = {k: _option(k, read_value(v)) for k, v in settings.items()} | ({'size': (size, size)} if size else {})
+        make_dataset(source, num, out, 320 if num_test is None else num_test, seed, bar, processes, **options)
+    elif action == 'convert':
+        if not to: raise EmorlError('Say what to write: emorl_data convert SOURCE FILE.h5')
+        convert(source, to, num_train, num_test, max_objects, size, processes, bar)
+    if action == 'verify': print(f'{source}: sound', *(f'{n} scenes of {s}' for s, n in verify(source, bar).items()), sep='\n  '); return
+    print('\n'.join(_lines(describe({'make': out, 'convert': to}.get(action, source)))))
     if action == 'info' and out:
-        with write_beside(out) as f: imsave(f, contact_sheet(open_dataset(name)), format='png')
+        with write_beside(out) as f: imsave(f, contact_sheet(source), format='png')
         print(out)
+
+def _option(name, value): return Shift(**value) if name == 'shift' and isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 def _lines(facts, indent=''):
     "Nested facts, one a line."

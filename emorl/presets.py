@@ -14,8 +14,7 @@ from typing import get_args
 
 from .checkpoint import checkpoints
 from .core import EmorlError, lookup, set_seed
-from .data.datasets import dataset_names, file_kind, open_dataset
-from .data.hdf5 import hdf5_splits
+from .data.datasets import dataset_names, open_at, source_splits
 from .files import read_json
 from .models.emorl import EmorlConfig
 from .models.slot_attention import SlotAttentionConfig
@@ -110,12 +109,12 @@ def _iodine(e):
 
 _published = [
     _emorl('tetrominoes', 'tetrominoes', num_slots=4, slot_size=32, decoder='small', likelihood='gaussian', std=.3, geco_target=-1.224, curriculum=(3, 3, 200_000)),
-    _emorl('multi_dsprites', 'multi_dsprites', num_slots=6, image_size=(64, 64), likelihood='gaussian', curriculum=(3, 1, 300_000)),
+    _emorl('multi_dsprites', 'multi_dsprites_colored_on_grayscale', num_slots=6, image_size=(64, 64), likelihood='gaussian', curriculum=(3, 1, 300_000)),
     _emorl('clevr6', 'clevr6', num_slots=7, image_size=(96, 96), geco_target=-2.206, curriculum=(3, 1, 300_000)),
     _emorl('clevr10', 'clevr10', num_slots=11, image_size=(128, 128), geco_target=-2.1, geco_options=dict(acceleration=5.), curriculum=(3, 2, 300_000)),
     _emorl('clevrtex', 'clevrtex', num_slots=11, image_size=(128, 128), geco_target=-1.5, geco_options=dict(acceleration=5.), curriculum=(3, 2, 300_000)),
     _slot_attention('slot_attention_tetrominoes', 'tetrominoes', num_slots=4),
-    _slot_attention('slot_attention_multi_dsprites', 'multi_dsprites', num_slots=6, slot_size=64, image_size=(64, 64)),
+    _slot_attention('slot_attention_multi_dsprites', 'multi_dsprites_colored_on_grayscale', num_slots=6, slot_size=64, image_size=(64, 64)),
     _slot_attention('slot_attention_clevr6', 'clevr6', num_slots=7, slot_size=64, decoder='big', image_size=(96, 96))]
 _published += map(_iodine, _published[:3])
 
@@ -154,17 +153,18 @@ def run_experiment(
     if there and not (resume or overwrite): raise EmorlError(f'{out} already holds a run; resume continues it, overwrite replaces it.')
     if e.data not in dataset_names and not Path(e.data).exists() and e.data in {p.data for p in presets.values()}:
         raise EmorlError(f'{e.name} wants the dataset {e.data}, which is not built in; name its file with --data FILE.')
-    data, held_out = open_dataset(e.data, 'train'), _held_out(e.data)
+    data, held_out = open_at(e.data, _training(e.data), e.model.image_size), _held_out(e.data, e.model.image_size)
     set_seed(e.train.seed)
     model = build_model(e.model)
     if there and overwrite: _clear(out)
     return model, fit(model, data, e.train, held_out, out, e.to_dict(), resume, progress)
 
-def _held_out(data):
+def _training(data): return 'train' if 'train' in source_splits(data) else source_splits(data)[0]
+
+def _held_out(data, image_size):
     "Scenes that training does not see: the split `val`, or else `test`; None where the data has but one part."
-    if data in dataset_names: return open_dataset(data, 'val')
-    others = [s for s in ('val', 'test') if file_kind(data) == 'hdf5' and s in hdf5_splits(data)]
-    return open_dataset(data, others[0]) if others else None
+    others = [s for s in ('val', 'test') if s in source_splits(data) and s != _training(data)]
+    return open_at(data, others[0], image_size) if others else None
 
 def _clear(out):
     "Remove what a run left, and nothing else."

@@ -126,5 +126,5 @@ def test_full_disk(made, tmp_path, monkeypatch):
 
 def test_what_a_file_is_not(tmp_path):
     (tmp_path/'a.h5').write_bytes(b''); (tmp_path/'b.tfrecords').write_bytes(gzip.compress(b'a letter to nobody')); (tmp_path/'c.h5').write_bytes(b'PK\x03\x04 and more')
-    for name, words in (('a.h5', 'is empty'), ('b.tfrecords', 'neither an HDF5 nor a TFRecord'), ('c.h5', 'neither'), ('d.h5', 'no file'), ('', 'is a folder')):
+    for name, words in (('a.h5', 'is empty'), ('b.tfrecords', 'neither an HDF5 nor a TFRecord'), ('c.h5', 'neither'), ('d.h5', 'no file'), ('', 'holds no pictures')):
         with pytest.raises(EmorlError, match=words): open_dataset(tmp_path/name)

@@ -26,7 +26,9 @@ def message(number, content):
 def encode(array, packed=True, raw=False):
     "One tf.train.Feature: bytes for uint8 (one string per element, or one in all), floats, or integers."
     a = np.ascontiguousarray(array)
-    if a.dtype == np.uint8: return message(1, message(1, a.tobytes()) if raw else b''.join(b'\x0a\x01' + bytes([x]) for x in a.ravel().tolist()))
+    if a.dtype == np.uint8:
+        one_each = np.stack([np.full(a.size, 10, np.uint8), np.full(a.size, 1, np.uint8), a.ravel()], 1)
+        return message(1, message(1, a.tobytes()) if raw else one_each.tobytes())
     if a.dtype.kind == 'f':
         a = a.astype('<f4').ravel()
         return message(2, message(1, a.tobytes()) if packed else b''.join(b'\x0d' + x.tobytes() for x in a))
@@ -40,16 +42,15 @@ def example(features, **kw):
 
 def features_of(scenes, i, layout='k h w'):
     "The arrays of scene `i` as the published files lay them out."
-    onehot = scenes.one_hot()[i].numpy().astype(np.uint8)*255
+    onehot = scenes[i].one_hot(scenes.num_entities)[0].numpy().astype(np.uint8)*255
     mask = onehot[..., None] if layout == 'k h w' else onehot.transpose(1, 2, 0)[..., None]
     return dict(image=scenes.image[i].transpose(1, 2, 0), mask=mask) | {k: v[i] for k, v in scenes.factors.items()}
 
 def write_tfrecord(path, scenes, layout='k h w', compress=True, shuffle=0, **kw):
     "Write `scenes`; features in another order in every record, as in the published files."
-    rng, records = random.Random(shuffle), []
-    for i in range(len(scenes)):
-        f = list(features_of(scenes, i, layout).items()); rng.shuffle(f)
-        records.append(frame(example(dict(f), **kw)))
-    data = b''.join(records)
-    with open(path, 'wb') as f: f.write(gzip.compress(data, mtime=0) if compress else data)
+    rng = random.Random(shuffle)
+    with open(path, 'wb') as f, (gzip.GzipFile(fileobj=f, mode='wb', mtime=0, compresslevel=6) if compress else f) as out:
+        for i in range(len(scenes)):
+            features = list(features_of(scenes, i, layout).items()); rng.shuffle(features)
+            out.write(frame(example(dict(features), **kw)))
     return path

@@ -6,8 +6,9 @@
 __all__ = ['schemas', 'read_records', 'parse_example', 'Schema', 'read_tfrecord', 'tfrecord_schema']
 
 # %% ../../nbs/api/28_tfrecord.ipynb #cf5ef90d
-import gzip, struct, zlib
+import os, struct, zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from ..core import EmorlError
-from .scenes import Scenes, index_map
+from .scenes import Scenes, index_map, prefetch
 
 # %% ../../nbs/api/28_tfrecord.ipynb #b127ad7e
 _longest = 1 << 26
@@ -26,9 +27,9 @@ def _masked_crc(data):
     c = google_crc32c.value(data)
     return ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
-def _record(stream, path, i):
-    "Payload of record `i`, or None at the end of the file."
-    head = stream.read(12)
+def _record(read, path, i, check=True):
+    "Payload of record `i`, or None at the end of the file; unless `check`, the checksum of the payload is passed over."
+    head = read(12)
     if not head: return None
     if len(head) < 12: raise EmorlError(f'{path} ends inside record {i}, {12 - len(head)} bytes short of its length.')
     (size, crc), where = struct.unpack('<QI', head), f'{path}, record {i}'
@@ -36,25 +37,77 @@ def _record(stream, path, i):
         raise EmorlError(f'{path} is not a TFRecord file: its first 12 bytes are no length with its checksum.' if not i else
                          f'{where} is damaged: the checksum of its length is wrong.')
     if size > _longest: raise EmorlError(f'{where} claims {size} bytes; no scene has more than {_longest}.')
-    payload, crc = stream.read(size), stream.read(4)
+    payload, crc = read(size), read(4)
     if len(payload) + len(crc) < size + 4: raise EmorlError(f'{path} ends inside record {i}, after {len(payload)} of its {size} bytes.')
-    if struct.unpack('<I', crc)[0] != _masked_crc(payload): raise EmorlError(f'{where} is damaged: the checksum of its {size} bytes is wrong.')
+    if check and struct.unpack('<I', crc)[0] != _masked_crc(payload): raise EmorlError(f'{where} is damaged: the checksum of its {size} bytes is wrong.')
     return payload
 
 # %% ../../nbs/api/28_tfrecord.ipynb #53e0f502
+_block = 1 << 20
+
+def _blocks(f):
+    "Content of an open file in blocks, unpacked if it is gzip (one member after another, as gzip allows)."
+    data = f.read(_block//4)
+    if data[:2] != b'\x1f\x8b':
+        while data: yield data; data = f.read(_block)
+        return
+    unzip = zlib.decompressobj(31)
+    while True:
+        if out := unzip.decompress(data, _block): yield out
+        if unzip.eof:
+            if not (data := (unzip.unused_data or f.read(_block//4)).lstrip(b'\0')): return
+            unzip = zlib.decompressobj(31)
+        elif not (data := unzip.unconsumed_tail or f.read(_block//4)) and not out: raise EOFError
+
+def _reader(blocks):
+    "A function `read(n)` over an iterator of blocks: `n` bytes, fewer only at the end."
+    rest = b''
+    def read(n):
+        nonlocal rest
+        parts = [rest[:n]]
+        rest, n = rest[n:], n - len(parts[0])
+        while n and (block := next(blocks, b'')):
+            block = memoryview(block)
+            parts.append(block[:n])
+            rest, n = block[n:], n - len(parts[-1])
+        return b''.join(parts)
+    return read
+
+# %% ../../nbs/api/28_tfrecord.ipynb #729e1dea
+def _unchanged(path, f):
+    "An `EmorlError` if `path` is no longer the open file `f` as it was when opened."
+    def stamp(s): return s.st_ino, s.st_size, s.st_mtime_ns
+    opened = stamp(os.fstat(f.fileno()))
+    def check():
+        try: now = stamp(os.stat(path))
+        except OSError: now = None
+        if now != opened: raise EmorlError(f'{path} was replaced while it was being read.')
+    return check
+
+def _sentence(path, i, e):
+    "What an exception while reading record `i` means."
+    if isinstance(e, EOFError): return f'{path} is cut short: its gzip stream ends in record {i}.'
+    if isinstance(e, zlib.error): return f'{path} is damaged: its gzip stream breaks at record {i} or soon after ({e}).'
+    if isinstance(e, FileNotFoundError): return f'There is no file {path}.'
+    return f'{path} cannot be read: {e.strerror}.'
+
 def read_records(
     path:str|Path, # A TFRecord file, plain or gzip
+    start:int=0,   # The first record wanted; those before it are passed over
 )->Iterator[bytes]:
     "Payloads of a TFRecord file, one after another, both checksums checked; an `EmorlError` names the file and the record (from 0)."
-    i = 0
+    i, check = 0, lambda: None
     try:
         with open(path, 'rb') as f:
-            stream = gzip.GzipFile(fileobj=f) if f.peek(2)[:2] == b'\x1f\x8b' else f
-            while (payload := _record(stream, path, i)) is not None: yield payload; i += 1
-    except FileNotFoundError as e: raise EmorlError(f'There is no file {path}.') from e
-    except EOFError as e: raise EmorlError(f'{path} is cut short: its gzip stream ends in record {i}.') from e
-    except (zlib.error, gzip.BadGzipFile) as e: raise EmorlError(f'{path} is damaged: its gzip stream breaks in record {i} ({e}).') from e
-    except OSError as e: raise EmorlError(f'{path} cannot be read: {e.strerror}.') from e
+            check, blocks = _unchanged(path, f), prefetch(_blocks(f), depth=3)
+            with closing(blocks):
+                read = _reader(blocks)
+                while (payload := _record(read, path, i, i >= start)) is not None:
+                    check()
+                    if i >= start: yield payload
+                    i += 1
+    except EmorlError: check(); raise
+    except (EOFError, zlib.error, OSError) as e: check(); raise EmorlError(_sentence(path, i, e)) from e
 
 # %% ../../nbs/api/28_tfrecord.ipynb #45f59896
 def _varint(buf, at):
@@ -81,9 +134,17 @@ def _fields(buf):
         yield key >> 3, value
 
 # %% ../../nbs/api/28_tfrecord.ipynb #88810f57
+_pattern, _care = (np.frombuffer(b*2048, np.uint64) for b in (b'\x0a\x01\0', b'\xff\xff\0'))  # 2048 elements in 768 words
+
+def _one_by_one(raw):
+    "Whether an array of bytes is 0A 01 xx, 0A 01 xx, ...; looked at in words, as many at a time as a cache holds."
+    n = raw.size//_care.nbytes*_care.nbytes
+    words = raw[:n].view(np.uint64).reshape(-1, _care.size)
+    return raw.size % 3 == 0 and bool((words & _care == _pattern).all()) and bool((raw[n::3] == 10).all() and (raw[n + 1::3] == 1).all())
+
 def _bytes(buf):
     raw = np.frombuffer(buf, np.uint8)
-    if raw.size % 3 == 0 and (raw[::3] == 10).all() and (raw[1::3] == 1).all(): return raw[2::3]
+    if _one_by_one(raw): return raw[2::3]
     return np.frombuffer(b''.join(v for n, v in _fields(buf) if n == 1), np.uint8)
 
 def _floats(buf): return np.frombuffer(b''.join(v for n, v in _fields(buf) if n == 1), '<f4').astype(np.float32)
@@ -174,9 +235,10 @@ def _scenes(rows, schema, path, first):
 def read_tfrecord(
     path:str|Path,   # One of the published files, or one laid out like it
     batch_size:int=32,
+    start:int=0,     # The first record wanted; those before it are unpacked and passed over
 )->Iterator[Scenes]: # `batch_size` scenes at a time, the last ones fewer
     "Scenes of a TFRecord file in the order of the file; memory is that of one batch."
-    schema, first, records = None, 0, read_records(path)
+    schema, first, records = None, start, read_records(path, start)
     while payloads := list(islice(records, batch_size)):
         rows = []
         for i, payload in enumerate(payloads, first):

@@ -141,14 +141,13 @@ def infer(self:EfficientMORL,
             nll, recon = painting(self.decoder, self.likelihood, slots, image)
             if i < num_refinements:
                 w_nll, w_kl = objective.weights
-                gradient = torch.autograd.grad((w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw),
-                                               retain_graph=train or i == 0, create_graph=train and plain)
+                loss, params = (w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw)
+                gradient = torch.autograd.grad(loss, params, retain_graph=train or i == 0, create_graph=train and plain)
         yield _record(train, posterior=posterior, slots=slots, recon=recon.detach(), nll=nll, kl=kl, attention=attention,
                       layers=layers if i == 0 else (), update_norm=norm)
         if i == num_refinements: return
         with torch.set_grad_enabled(train):
-            before = posterior
-            posterior, state = self.refiner(posterior, gradient, state)
+            before, (posterior, state) = posterior, self.refiner(posterior, gradient, state)
             slots, norm = draw(posterior), _update_norm(posterior, before)
             eps = draw.last
 
