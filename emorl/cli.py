@@ -8,7 +8,6 @@ __all__ = ['command', 'emorl_train', 'emorl_evaluate', 'emorl_data', 'emorl_pres
 
 # %% ../nbs/api/90_cli.ipynb #4389e5c0
 import json, sys
-from json import dumps as _dumps
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -21,7 +20,6 @@ from .benchmark import benchmark, benchmark_row, benchmark_table, columns
 from .checkpoint import export_published, import_published, load
 from .core import EmorlError, lookup
 from .data.datasets import contact_sheet, convert, describe, make_dataset, open_at, verify
-from .data.shifts import Shift
 from .evaluate import evaluate, precisions, save_results, slot_picture
 from .files import write_beside, write_json
 from .parity import make_fixture, parity_report
@@ -113,15 +111,13 @@ def emorl_evaluate(
         dataset = open_at(name, split, net.config.image_size)
         results.append(evaluate(net, dataset, num_images, batch_size, seed, num_refinements, num_slots, decode_chunk=decode_chunk, precision=precision))
         if not json: print(results[-1], end='\n\n')
-    if json: print(_json(results))
+    if json: print(_json(results[0].json() if len(results) == 1 else {r.data: r.json() for r in results})) # keyed by dataset where there are several
     if not out: return
     save_results(results, out)
     picture = save_figure(slot_picture(net, dataset, seed=seed), Path(out)/'slots.png')
     if not json: print(f'{Path(out)/"results.json"}\n{picture}')
 
-def _json(results):
-    "One object: of the dataset, or keyed by dataset where there are several."
-    return json.dumps(results[0].json() if len(results) == 1 else {r.data: r.json() for r in results}, allow_nan=False)
+def _json(obj): return json.dumps(obj, allow_nan=False) # A command's own `json` is an option
 
 # %% ../nbs/api/90_cli.ipynb #0722416d
 @command
@@ -144,7 +140,7 @@ def emorl_data(
     if settings and action != 'make': raise EmorlError(f'Only make takes options of a dataset; got --{next(iter(settings))}.')
     if action == 'make':
         if not out: raise EmorlError('Say where to write the file: --out FILE.h5')
-        options = {k: _option(k, read_value(v)) for k, v in settings.items()} | ({'size': (size, size)} if size else {})
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in ((k, read_value(v)) for k, v in settings.items())} | ({'size': (size, size)} if size else {})
         make_dataset(source, num, out, 320 if num_test is None else num_test, seed, bar, processes, **options)
     elif action == 'convert':
         if not to: raise EmorlError('Say what to write: emorl_data convert SOURCE FILE.h5')
@@ -154,8 +150,6 @@ def emorl_data(
     if action == 'info' and out:
         with write_beside(out) as f: imsave(f, contact_sheet(source), format='png')
         print(out)
-
-def _option(name, value): return Shift(**value) if name == 'shift' and isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 def _lines(facts, indent=''):
     "Nested facts, one a line."
@@ -213,7 +207,7 @@ def emorl_convert(
 def emorl_benchmark(
     preset:str='tetrominoes', # Whose shape to measure
     batch_size:int=None,      # Of a training step (default: 8 for Tetrominoes, else 4)
-    eval_batch:int=32,        # Images at a time in our evaluation
+    eval_batch:int=None,      # Images at a time in our evaluation (default: 32 for Tetrominoes, else 4)
     rounds:int=5,             # After one that does not count
     decode_chunk:Param('Also measure with these chunks', int, nargs='*')=None,
     precision:str='float32',  # Of encoder and decoder: float32, bf16 or fp16
@@ -223,9 +217,10 @@ def emorl_benchmark(
     "Our training step and evaluation against the published arithmetic: seconds and memory, in one run, taking turns."
     if gpu and not torch.cuda.is_available(): raise EmorlError('--gpu wants a CUDA device, and torch finds none.')
     e = experiment(preset)
-    batch = batch_size or (8 if max(e.model.image_size) <= 35 else 4)
+    small = max(e.model.image_size) <= 35
+    batch, eval_batch = batch_size or (8 if small else 4), eval_batch or (32 if small else 4)
     res = benchmark(e.model, batch, rounds, chunks=tuple(decode_chunk or ()), precision=lookup(precision, precisions, 'precision'), eval_batch=eval_batch,
                     device='cuda' if gpu else 'cpu', work=not gpu)
     if gpu: print(*(f"| {' | '.join(o)} |" for o in (columns, ['---']*len(columns))), benchmark_row(e.name, res), sep='\n')
     else: print(benchmark_table(e.name, res))
-    if json: print(_dumps({k: res[k] for k in ('train_step', 'evaluate')}))
+    if json: print(_json({k: res[k] for k in ('train_step', 'evaluate')}))

@@ -6,6 +6,7 @@
 __all__ = ['Encoder']
 
 # %% ../nbs/api/20_encoder.ipynb #54af37ba
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -36,10 +37,12 @@ class Encoder(nn.Module):
 
     def forward(self,
         image:Float[Tensor, 'b c h w'], # In [0,1]
-    )->Float[Tensor, 'b gh gw f']:      # Features on the encoder's grid
+        precision:torch.dtype=None,     # `torch.bfloat16` to compute in it; `torch.float16` would need a loss scale and changes nothing
+    )->Float[Tensor, 'b gh gw f']:      # Features on the encoder's grid, in the image's precision
         "Features of every position; an `EmorlError` for an image of another rank or number of channels."
         channels = self.convs[0].in_channels
         if image.ndim != 4 or image.shape[1] != channels:
             raise EmorlError(f'Expected images [batch, {channels}, height, width], got {list(image.shape)}.')
-        x = self.convs(2*image - 1).movedim(1, -1)
-        return self.mix(self.norm(x + self.position(*x.shape[1:3])))
+        with torch.autocast(image.device.type, torch.bfloat16) if precision == torch.bfloat16 else nullcontext():
+            x = self.convs(2*image - 1).movedim(1, -1)
+            return self.mix(self.norm(x + self.position(*x.shape[1:3]))).to(image.dtype)

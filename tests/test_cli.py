@@ -76,6 +76,11 @@ def test_parity_of_files(error, tmp_path):
     out, err = run('emorl_parity', path, tmp_path/'other.npz', ok=1)
     assert '1 of 2 files agree' in out and err == f'emorl_parity: Not as published: {tmp_path/"other.npz"}\n'
 
+def test_benchmark_ends_with_json():
+    out, _ = run('emorl_benchmark', '--preset', 'slot_attention_tetrominoes', '--batch-size', 1, '--eval-batch', 2, '--rounds', 1, '--json')
+    res = json.loads(out.splitlines()[-1])
+    assert res['train_step'].keys() >= {'plain_over_fast', 'memory_fast_over_plain'} and res['evaluate']['plain_over_fast'] > 0
+
 def test_evaluate_prints_a_table_per_dataset(trained):
     out, _ = run('emorl_evaluate', trained, '--data', 'tetrominoes', 'tetrominoes_real', '--num-images', 10)
     assert out.count('ari_fg') == 2 and 'tetrominoes_real, 10 images' in out
@@ -119,6 +124,9 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_train', 'slot_attention_tetrominoes', '--refinements', '[[0,2]]'], 'has no refinements'),
     (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
     (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),
+    (['emorl_data', 'make', 'clevr6', '--out', 'x.h5', '--shift', '{"num_object":[2,4]}'], "did you mean 'num_objects'"),
+    (['emorl_data', 'make', 'clevr6', '--out', 'x.h5', '--shift', 'more'], "got 'more'"),
+    (['emorl_benchmark', '--preset', 'clver6'], "did you mean 'clevr6'"),
     (['emorl_parity', 'nowhere.npz'], 'nowhere.npz'),
     (['emorl_parity', 'make', '--published', '.', '--out', 'x.npz'], 'lib/model.py'),
     (['emorl_convert', 'x.pth', 'folder'], '--config'),

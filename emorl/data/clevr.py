@@ -15,7 +15,7 @@ from jaxtyping import Float
 from ..core import EmorlError, lookup
 from .raycast import (World, camera_axes, camera_published, check_picture, engines, frame, full, lamps_published, owners, project, published_crop,
                                 shapes)
-from .scenes import Scenes, check_indices, random_integers, random_uniform, stream_start
+from .scenes import Generated, Scenes, random_integers, random_uniform
 from .shifts import Shift
 
 # %% ../../nbs/api/27_clevr.ipynb #d71a9a19
@@ -133,11 +133,9 @@ def render(
     return Scenes(image, mask, known)
 
 @dataclass(frozen=True)
-class Clevr:
-    "Procedural CLEVR: scene `i` of a split is a function of (`seed`, split, `i`) and the options."
+class Clevr(Generated):
+    "Procedural CLEVR."
     num:int=100_000             # Scenes of an epoch
-    seed:int=0                  # Of the scenes
-    split:str='train'           # 'train', 'val' or 'test'
     variant:str='clevr10'       # A name of `variants`
     shift:Shift=Shift()         # What is different from the published distribution
     size:tuple=(128, 128)       # Height, width
@@ -148,17 +146,14 @@ class Clevr:
     def __post_init__(self):
         for name in ('size', 'crop'):
             if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
-        stream_start(self.split); check_picture(self.size, self.crop, self.samples); lookup(self.engine, engines, 'engine')
+        super().__post_init__(); check_picture(self.size, self.crop, self.samples); lookup(self.engine, engines, 'engine')
         self.shift.number(lookup(self.variant, variants, 'variant')); self.shift.pairs(colours, shapes)
-        if not 0 < self.num <= 2**40: raise EmorlError(f'A split of CLEVR has 1 to 2^40 scenes, not {self.num}.')
     @property
     def name(self): return self.variant
     @property
     def image_size(self): return 3, *self.size
     @property
     def num_entities(self): return 1 + self.shift.number(variants[self.variant])[1]
-    def __len__(self): return self.num
-    def batch(self, indices)->Scenes:
-        "The scenes at `indices`, drawn now."
-        i = stream_start(self.split) + check_indices(indices, self.num, self.name)
-        return render(sample(self.seed, i, self.variant, self.shift), self.size, self.crop, self.samples, self.num_entities, self.engine)
+    def draw(self, numbers)->Scenes:
+        "The scenes of these numbers of the stream."
+        return render(sample(self.seed, numbers, self.variant, self.shift), self.size, self.crop, self.samples, self.num_entities, self.engine)

@@ -27,6 +27,7 @@ from .folders import ImageFolder, split_folder
 from .hdf5 import FlatHDF5Scenes, HDF5Scenes, Stream, hdf5_splits, is_flat_hdf5, write_hdf5, write_resumable
 from .pictures import centre_crop, crop_image, crop_mask, crops
 from .scenes import InMemory, SceneDataset, Scenes, Subset, concat, stream_splits
+from .shifts import Shift
 from .tetrominoes import Tetrominoes, tetrominoes_real
 from .tfrecord import read_records, read_tfrecord, tfrecord_schema
 from ..files import sha256
@@ -303,12 +304,13 @@ def make_dataset(
     seed:int=0,          # Of the scenes
     progress:bool=False, # Show a bar
     processes:int=1,     # How many draw at the same time
-    **options,           # Further fields of the dataset: size, shift, engine, ...
+    **options,           # Further fields of the dataset: size, shift (also as a dict), engine, ...
 )->dict:                 # Scenes of each split
     "Write a generated dataset as HDF5, in the published layout; interrupted, the same call goes on."
     maker = lookup(name, makers, 'generated dataset')
     allowed = [f.name for f in fields(getattr(maker, 'func', maker)) if f.name not in ('num', 'seed', 'split', 'variant')]
     for k in options: lookup(k, dict.fromkeys(allowed), f'option of {name}')
+    if not isinstance(options.get('shift', Shift()), Shift): options['shift'] = Shift.from_dict(options['shift'])
     splits = {s: maker(num=n, seed=seed, split=s, **options) for s, n in dict(train=num, test=test).items()}
     return write_resumable(out, splits, dict(make=name, train=num, test=test, seed=seed) | {k: repr(v) for k, v in options.items()}, processes, 16, progress)
 

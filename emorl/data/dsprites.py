@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from ..core import EmorlError, lookup
-from .scenes import Scenes, check_indices, random_integers, random_uniform, stream_start
+from .scenes import Generated, Scenes, random_integers, random_uniform
 from .shifts import Shift, check_range
 
 # %% ../../nbs/api/26_dsprites.ipynb #16795906
@@ -167,28 +167,22 @@ def variant_colours(variant:str)->tuple:
 
 # %% ../../nbs/api/26_dsprites.ipynb #90bd8ca0
 @dataclass(frozen=True)
-class MultiDSprites:
-    "Procedural Multi-dSprites: scene `i` of a split is a function of (`seed`, split, `i`) and the options."
-    num:int=1_000_000                   # Scenes of an epoch
-    seed:int=0                          # Of the scenes
-    split:str='train'                   # 'train', 'val' or 'test'
+class MultiDSprites(Generated):
+    "Procedural Multi-dSprites."
     variant:str='colored_on_grayscale'  # A name of `variants`
     shift:Shift=Shift()                 # What is different from the published distribution
     saturation:tuple=(.5, 1)            # Range of the sprites' saturation
     value:tuple=(.5, 1)                 # Range of their value (HSV)
 
     def __post_init__(self):
-        stream_start(self.split); self.shift.number(lookup(self.variant, variants, 'variant')); self.shift.pairs(variant_colours(self.variant), shapes)
+        super().__post_init__(); self.shift.number(lookup(self.variant, variants, 'variant')); self.shift.pairs(variant_colours(self.variant), shapes)
         for name in ('saturation', 'value'): object.__setattr__(self, name, check_range(getattr(self, name), 0, 1, name))
-        if not 0 < self.num <= 2**40: raise EmorlError(f'A split of sprites has 1 to 2^40 scenes, not {self.num}.')
     @property
     def name(self): return f'multi_dsprites_{self.variant}'
     @property
     def image_size(self): return 1 if self.variant == 'binarized' else 3, _side, _side
     @property
     def num_entities(self): return 1 + self.shift.number(variants[self.variant])[1]
-    def __len__(self): return self.num
-    def batch(self, indices)->Scenes:
-        "The scenes at `indices`, drawn now."
-        i = stream_start(self.split) + check_indices(indices, self.num, self.name)
-        return render(sample(self.seed, i, self.variant, self.shift, self.saturation, self.value))
+    def draw(self, numbers)->Scenes:
+        "The scenes of these numbers of the stream."
+        return render(sample(self.seed, numbers, self.variant, self.shift, self.saturation, self.value))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['stream_splits', 'Scenes', 'concat', 'index_map', 'SceneDataset', 'InMemory', 'check_indices', 'Subset', 'random_bits',
-           'random_uniform', 'random_integers', 'stream_start', 'permute', 'batch_indices', 'batches', 'prefetch']
+           'random_uniform', 'random_integers', 'stream_start', 'Generated', 'permute', 'batch_indices', 'batches',
+           'prefetch']
 
 # %% ../../nbs/api/16_scenes.ipynb #7348113e
 import math, queue, threading
@@ -184,6 +185,25 @@ stream_splits = {name: i << 40 for i, name in enumerate(('train', 'val', 'test')
 def stream_start(split:str)->int:
     "Number of the first scene of a split of a generated dataset."
     return lookup(split, stream_splits, 'split')
+
+# %% ../../nbs/api/16_scenes.ipynb #8c262755
+@dataclass(frozen=True)
+class Generated:
+    "A dataset that draws its scenes: scene `i` of a split is a function of (`seed`, split, `i`) and the options."
+    num:int=1_000_000   # Scenes of an epoch
+    seed:int=0          # Of the scenes
+    split:str='train'   # 'train', 'val' or 'test'
+
+    def __post_init__(self):
+        stream_start(self.split)
+        if not 0 < self.num <= 2**40: raise EmorlError(f'A split of {self.name} has 1 to 2^40 scenes, not {self.num}.')
+    def __len__(self): return self.num
+    def batch(self, indices)->Scenes:
+        "The scenes at `indices`, drawn now."
+        return self.draw(stream_start(self.split) + check_indices(indices, self.num, self.name))
+    def draw(self, numbers:np.ndarray)->Scenes:
+        "The scenes of these numbers of the stream [n]."
+        raise NotImplementedError
 
 # %% ../../nbs/api/16_scenes.ipynb #3891fa21
 def permute(

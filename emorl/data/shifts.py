@@ -6,7 +6,8 @@
 __all__ = ['Shift', 'check_range']
 
 # %% ../../nbs/api/19_shifts.ipynb #1dca4af8
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool
@@ -29,6 +30,12 @@ class Shift:
             if (r := getattr(self, name)) is not None: object.__setattr__(self, name, check_range(r, low, high, name, kind))
         if self.show_held_out and not held: raise EmorlError('show_held_out shows the pairs of held_out, and there are none.')
 
+    @classmethod
+    def from_dict(cls, d:Mapping)->'Shift':
+        "From plain values, as JSON or a command line has them; an `EmorlError` names an unknown key and the nearest known one."
+        if not isinstance(d, Mapping): raise EmorlError(f'A shift is like {{"num_objects": [2, 4]}}; got {d!r}.')
+        for k in d: lookup(k, {f.name: f for f in fields(cls)}, 'shift')
+        return cls(**d)
     def number(self,
         published:tuple, # (least, most) objects without a shift
     )->tuple:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..core import EmorlError
-from .scenes import InMemory, Scenes, check_indices, concat, random_integers, stream_start
+from .scenes import Generated, InMemory, Scenes, concat, random_integers
 from .shifts import Shift
 
 # %% ../../nbs/api/25_tetrominoes.ipynb #8fa705c4
@@ -103,11 +103,8 @@ def sample(
 
 # %% ../../nbs/api/25_tetrominoes.ipynb #4bdf1b04
 @dataclass(frozen=True)
-class Tetrominoes:
-    "Procedural Tetrominoes: scene `i` of a split is a function of (`seed`, split, `i`)."
-    num:int=1_000_000   # Scenes of an epoch
-    seed:int=0          # Of the scenes
-    split:str='train'   # 'train', 'val' or 'test'
+class Tetrominoes(Generated):
+    "Procedural Tetrominoes."
     shift:Shift=Shift() # What is different from the published distribution; at most 5 objects, and no occlusion
 
     name = 'tetrominoes'
@@ -118,19 +115,16 @@ class Tetrominoes:
     def _number(self): return self.shift.number((3, 3))
     def _allowed(self): return self.shift.pairs(_colour_names, _kinds)[:, _kind]  # [6 19]
     def __post_init__(self):
-        stream_start(self.split); self._allowed()
+        super().__post_init__(); self._allowed()
         if self._number[1] > 5: raise EmorlError(f'At most 5 tetrominoes find a place in an image, not {self._number[1]}.')
         if self.shift.occlusion not in (None, (0, 0)):
             raise EmorlError(f'Tetrominoes never hide each other; an occlusion of {self.shift.occlusion} is not to be had.')
-        if not 0 < self.num <= 2**40: raise EmorlError(f'A split of tetrominoes has 1 to 2^40 scenes, not {self.num}.')
-    def __len__(self): return self.num
-    def batch(self, indices)->Scenes:
-        "The scenes at `indices`, drawn now."
-        i = stream_start(self.split) + check_indices(indices, self.num, self.name)
+    def draw(self, numbers)->Scenes:
+        "The scenes of these numbers of the stream."
         least, most = self._number
-        number = least + random_integers(most - least + 1, self.seed, i, -1)
-        groups = [np.flatnonzero(number == k) for k in range(least, most + 1)]
-        parts = [_widen(render(*sample(self.seed, i[g], k, allowed=self._allowed())), most + 1) for k, g in enumerate(groups, least)]
+        count = least + random_integers(most - least + 1, self.seed, numbers, -1)
+        groups = [np.flatnonzero(count == k) for k in range(least, most + 1)]
+        parts = [_widen(render(*sample(self.seed, numbers[g], k, allowed=self._allowed())), most + 1) for k, g in enumerate(groups, least)]
         return concat(parts)[np.argsort(np.concatenate(groups))] if len(parts) > 1 else parts[0]
 
 def _widen(scenes, k):

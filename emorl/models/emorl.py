@@ -83,7 +83,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         if not num_layers:
             posterior = self.bottom_up.initial(len(image), num_slots)
             return posterior, draw(posterior), (), None
-        features = _encode(self.encoder, image, precision)
+        features = self.encoder(image, precision)
         return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw), features.shape[1:3]
 
     def _hierarchical_kl(self, posterior, layers, draw):
@@ -93,11 +93,6 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         return sum(kls), tuple(replace(l, kl=k) for l, k in zip(layers, kls)), refined_prior
 
 # %% ../../nbs/api/30_emorl.ipynb #8b5066c4
-def _encode(encoder, image, precision):
-    "Features, computed in `bfloat16` if that is the precision: `float16` needs a loss scale, which only the decoder has."
-    if precision != torch.bfloat16: return encoder(image)
-    with torch.autocast(image.device.type, precision): return encoder(image).to(image.dtype)
-
 def _leaf(posterior):
     "The same parameters as leaves of a new graph."
     return SlotGaussian(*(p.detach().clone().requires_grad_() for p in (posterior.loc, posterior.raw)))

@@ -78,20 +78,21 @@ def infer(self:SlotAttention,
     noise:Iterable[Tensor]=None,     # Of the initial slots, one tensor [b k d] or [b*k d]; None: fresh
     gradient_batch:int=1,            # Not used
     plain:bool=False,                # Leave the decode to autograd
-    **painting,                      # Options of `paint`
+    decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
+    precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
 )->Iterator[Step]:                   # One
     "Slots of images (Locatello et al. 2020, algorithm 1)."
     c, train = self.config, torch.is_grad_enabled()
     c.num_draws(num_layers, num_refinements)
     k, iterations = (b if a is None else a for a, b in ((num_slots, c.num_slots), (num_layers, c.num_layers)))
-    grid = self.encoder(image)
+    grid = self.encoder(image, precision)
     keys, values = (f(grid.flatten(1, 2)) for f in (self.to_k, self.to_v))
     slots = Draw(noise)(SlotGaussian(*(p.expand(len(image), k, -1) for p in (self.loc, self.raw))))
     layers, zero = [], image.new_zeros(len(image))
     for _ in range(iterations):
         slots, attention = self.iterate(slots, keys, values)
         layers.append(Layer(PointSlots(slots), attention, slots, zero))
-    nll, recon = (paint_plain if plain else partial(paint, train=train, **painting))(self.decoder, self.likelihood, slots, image)
+    nll, recon = (partial(paint_plain, precision=precision) if plain else partial(paint, train=train, decode_chunk=decode_chunk, precision=precision))(self.decoder, self.likelihood, slots, image)
     yield Step(PointSlots(slots), slots, recon.detach(), nll, zero, layers[-1].attention.detach().unflatten(-1, grid.shape[1:3]), tuple(layers))
 
 SlotAttention.infer = infer
