@@ -17,24 +17,21 @@ from .core import EmorlError, Reconstruction, lookup
 from .layers import PositionProjection, activations, position_grid, xavier_
 
 # %% ../nbs/api/21_decoder.ipynb #fc823a2c
-def _stretch(x, size, dim):
-    "Repeat the middle entry of a dimension (odd length) until it has `size` entries."
-    p = x.shape[dim]//2
-    middle = x.narrow(dim, p, 1).expand(*(size - 2*p if i == dim % x.ndim else n for i, n in enumerate(x.shape)))
-    return torch.cat([x.narrow(dim, 0, p), middle, x.narrow(dim, p + 1, p)], dim)
+def _inside(conv, size):
+    "Which of the k taps of a kernel fall on the input, for each of `size` outputs along one side: [size k]."
+    p, k = conv.padding[0], conv.kernel_size[0]
+    return F.pad(conv.weight.new_ones(size + k - 1 - 2*p), (p, p)).unfold(0, k, 1)
 
 def conv_constant(
-    conv:nn.Conv2d,                # Stride 1, padding smaller than the kernel
+    conv:nn.Conv2d,                # Stride 1
     slots:Float[Tensor, 'n d'],    # Constant over space
     height:int, width:int,         # Size of the output
-)->Float[Tensor, 'n o h w']:       # Without the bias; [n o 1 1] without padding, where all pixels are alike
-    "What `conv` makes of slots broadcast over space, by its few distinct cases."
-    p, k = conv.padding[0], conv.kernel_size[0]
-    ones = F.pad(conv.weight.new_ones(k), (p, p))                              # One row of input, just large enough for every case
-    taps = torch.stack([ones[i:i+k] for i in range(2*p + 1)])                  # Which kernel taps fall inside, per case
-    cases = torch.einsum('odyx,iy,jx->odij', conv.weight, taps, taps)
-    out = torch.einsum('nd,odij->nijo', slots, cases)
-    return (_stretch(_stretch(out, height, 1), width, 2) if p else out).movedim(-1, 1)
+)->Float[Tensor, 'n h w o']:       # Without the bias; [n 1 1 o] without padding, where all pixels are alike
+    "What `conv` makes of slots broadcast over space."
+    if not conv.padding[0]: return torch.einsum('nd,odyx->no', slots, conv.weight)[:, None, None]
+    inside = torch.einsum('iy,jx->ijyx', _inside(conv, height), _inside(conv, width)).flatten(2)
+    by_tap = torch.einsum('nd,odyx->nyxo', slots, conv.weight).flatten(1, 2)
+    return (inside.flatten(0, 1) @ by_tap).unflatten(1, (height, width))
 
 # %% ../nbs/api/21_decoder.ipynb #021a96eb
 def conv_grid(
@@ -70,7 +67,7 @@ class BroadcastDecoder(nn.Module):
         self.convs, self.position = nn.Sequential(*layers[:-1]), PositionProjection(slot_size)
         self.margin = sum(k - 1 - 2*p for k, p in zip(kernels, paddings))
         self.factored = True # Use the identities above in the first layer
-        self.memory_format = torch.channels_last if max(widths[1:], default=0) <= 32 else torch.contiguous_format # Of the activations
+        self.beside = max(widths[1:], default=0) <= 32 # Whether a pixel's channels lie side by side in memory
         xavier_(self, gain)
         xavier_(self.position, gain*position_gain)
 
@@ -81,10 +78,12 @@ class BroadcastDecoder(nn.Module):
         "Paint every slot."
         size, flat = [n + self.margin for n in size], slots.flatten(0, 1)
         if self.factored:
-            first = self.convs[0]
+            first, act, *_ = self.convs
             with torch.autocast(slots.device.type, enabled=False): shared = conv_grid(first, self.position, *size) # Few bits would round the positions
             each = conv_constant(first, flat, *shared.shape[2:])
-            x = self.convs[1:](shared.to(each.dtype, memory_format=self.memory_format) + each) # The sum takes the format of the first
+            shared, each = (t.contiguous() if self.beside else t.movedim(-1, 1) for t in (shared.to(each.dtype).movedim(1, -1), each))
+            x = act(shared + each)
+            x = self.convs[2:](x.movedim(-1, 1) if self.beside else x)
         else: x = self.convs(flat[..., None, None] + self.position(*size).movedim(-1, 0).contiguous())
         return _as_painting(x, slots.shape[:2])
 

@@ -82,7 +82,7 @@ def _gradients(decode, likelihood, image, chunk, precision, slots, params, weigh
     take = _together if chunk is None else partial(_by_images, chunk//k) if chunk >= k else partial(_by_slots, chunk)
     for scale in (1.,) if precision != torch.float16 else (2.**-e for e in range(4, 29, 4)):
         (*outs, slot_grad), grads = take(decode, likelihood, slots, image, weight*scale, params)
-        grads = [g/scale for g in (slot_grad, *grads)]
+        grads = [slot_grad, *grads] if scale == 1 else [g/scale for g in (slot_grad, *grads)]
         if scale == 1 or all(g.isfinite().all() for g in grads): break
     return *outs, *grads
 
