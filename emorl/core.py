@@ -128,3 +128,4 @@ class Step:
     attention:Float[Tensor, 'b k h w']=None    # Attention of the last layer, on the encoder's grid
     layers:tuple=()                            # `Layer`s 1..L, on the first step only
     update_norm:Float[Tensor, 'b']=None        # Size of the update that led here; None on the first step
+    prior:SlotGaussian=None                    # What a refined posterior's KL compares it with; None: N(0,1)

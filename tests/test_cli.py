@@ -50,8 +50,38 @@ def test_evaluate_as_json(trained, tmp_path):
     assert res['num_images'] == 10
     for k in ('ari_fg', 'mse', 'kl', 'nll'):
         assert {'mean', 'std', 'ci95'} <= res[k].keys() and res[k]['ci95'][0] <= res[k]['mean'] <= res[k]['ci95'][1]
-    assert json.loads((tmp_path/'results.json').read_text())['tetrominoes_real'] == res
-    assert (tmp_path/'slots.png').read_bytes().startswith(b'\x89PNG')
+    folder = tmp_path/'results/tetrominoes_cpu/six-step-00000006-seed=0'
+    assert json.loads((folder/'results.json').read_text())['tetrominoes_real'] == res
+    assert (folder/'slots.png').read_bytes().startswith(b'\x89PNG')
+    assert (folder/'ARI.txt').read_text() == f"{res['ari_fg']['mean']:.3f},{res['ari_fg']['std']*.9**.5:.3f}\n" # NumPy's deviation divides by n
+
+def test_evaluate_several_in_one_table(trained, tmp_path):
+    out, _ = run('emorl_evaluate', trained, 'tetrominoes_cpu', '--data', 'tetrominoes_real', '--seeds', 0, 1, '--metrics', 'published', 'mbo_fg', '--steps', '--markdown', '--out', tmp_path)
+    assert '| tetrominoes_real, 4 checkpoints | mean | std | each |' in out and '| failures | 50%' in out and '| step | L1 | L2 |' in out
+    assert sorted(p.name for p in tmp_path.glob('results/*/*')) == ['six-step-00000006-seed=0', 'six-step-00000006-seed=1', 'tetrominoes_cpu-seed=0', 'tetrominoes_cpu-seed=1']
+    res = json.loads(run('emorl_evaluate', trained, '--data', 'tetrominoes_real', '--seeds', 0, 1, '--json')[0])
+    assert set(res) == {'tetrominoes_cpu/six-step-00000006-seed=0', 'tetrominoes_cpu/six-step-00000006-seed=1', 'spread'}
+
+def test_evaluate_on_several_processes(trained):
+    "The same numbers, said once."
+    env = {k: v for k, v in os.environ.items() if not k.startswith('ACCELERATE')} | {'OMP_NUM_THREADS': '1'}
+    args = ['emorl_evaluate', trained, '--data', 'tetrominoes_real', '--batch-size', 3, '--metrics', 'published', 'breakdown', '--json']
+    one = json.loads(run(*args, env=env)[0])
+    p = subprocess.run(list(map(str, [bin/'torchrun', '--standalone', '--nproc-per-node', 2, bin/args[0], *args[1:]])), capture_output=True, text=True, timeout=300, env=env)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert json.loads(p.stdout) == one
+
+def test_robustness_and_what_slots_hold(trained, error, tmp_path):
+    out, _ = run('emorl_robustness', trained, '--num-images', 4, '--studies', 'slots', 'objects', '--out', tmp_path)
+    assert 'objects' in out and json.loads((tmp_path/'robustness.json').read_text())['objects']['5']['num_images'] == 4
+    assert (tmp_path/'robustness.png').exists() and 'which tetrominoes_real cannot' in error('emorl_robustness', trained, '--data', 'tetrominoes_real', '--studies', 'objects')
+    folder = Path(run('emorl_traverse', trained, '--data', 'tetrominoes_real', '--num-images', 4, '--num-latents', 2, '--out', tmp_path)[0].strip())
+    k = load(trained).config.num_slots
+    assert {f'slot_{i}_row_{r}.gif' for i in range(k) for r in range(2)} | {'traversal.mp4', 'traversal.gif', 'z_range.txt', 'activeness.npy'} <= {p.name for p in folder.iterdir()}
+    assert (trained/'checkpoints/step-00000006/latent_ranges.json').exists() and load(trained)
+    assert 'scenes 0 to 9; 10 was asked for' in error('emorl_traverse', trained, '--data', 'tetrominoes_real', '--index', 10)
+    assert Path(run('emorl_sample', trained, '--data', 'tetrominoes_real', '--num-images', 2, '--out', tmp_path)[0].strip()) == folder and (folder/'rinfo_1.npz').exists()
+    assert run('emorl_encode', 'tetrominoes_real', '--model', trained, '--out', tmp_path/'s.h5')[0].strip() == str(tmp_path/'s.h5')
 
 @pytest.mark.parametrize('preset', ['slot_attention_tetrominoes', 'iodine_tetrominoes'])
 def test_baselines_by_the_same_commands(preset, tmp_path):
@@ -60,7 +90,7 @@ def test_baselines_by_the_same_commands(preset, tmp_path):
     assert '4 steps' in run('emorl_train', preset, '--out', out, '--num-steps', 4, '--resume', *quick)[0]
     res = json.loads(run('emorl_evaluate', out, '--data', 'tetrominoes_real', '--json', '--out', tmp_path)[0])
     assert res['num_images'] == 10 and res['mse']['mean'] > 0 and (res['kl']['mean'] == 0) == (preset[0] == 's')
-    assert (tmp_path/'slots.png').exists()
+    assert len(list(tmp_path.glob('results/*/*/slots.png'))) == 1
     # to a file of the published code and back: the same model
     assert run('emorl_convert', out, tmp_path/'x.pth')[0].strip() == str(tmp_path/'x.pth')
     run('emorl_convert', tmp_path/'x.pth', tmp_path/'back', '--config', preset)
@@ -123,6 +153,9 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_train', 'clevrtex'], 'name its file with --data'),
     (['emorl_train', 'slot_attention_tetrominoes', '--refinements', '[[0,2]]'], 'has no refinements'),
     (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
+    (['emorl_evaluate', 'tetrominoes_cpu', '--metrics', 'arifg'], "did you mean 'ari_fg'"),
+    (['emorl_robustness', 'tetrominoes_cpu', '--studies', 'slot'], "did you mean 'slots'"),
+    (['emorl_encode', 'tetrominose'], "did you mean 'tetrominoes'"),
     (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),
     (['emorl_data', 'make', 'clevr6', '--out', 'x.h5', '--shift', '{"num_object":[2,4]}'], "did you mean 'num_objects'"),
     (['emorl_data', 'make', 'clevr6', '--out', 'x.h5', '--shift', 'more'], "got 'more'"),

@@ -139,7 +139,7 @@ def infer(self:EfficientMORL,
                 loss, params = (w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw)
                 gradient = torch.autograd.grad(loss, params, retain_graph=train or i == 0, create_graph=train and plain)
         yield _record(train, posterior=posterior, slots=slots, recon=recon.detach(), nll=nll, kl=kl, attention=attention,
-                      layers=layers if i == 0 else (), update_norm=norm)
+                      layers=layers if i == 0 else (), update_norm=norm, prior=prior if i else None)
         if i == num_refinements: return
         with torch.set_grad_enabled(train):
             before, (posterior, state) = posterior, self.refiner(posterior, gradient, state)
