@@ -24,7 +24,7 @@ demo: $(READY) ## train the built-in default, evaluate it; results in runs/demo 
 	@$(BIN)/emorl_train tetrominoes_cpu --out '$(OUT)' --overwrite $(if $(STEPS),--num-steps $(STEPS))
 	@echo "== evaluate it on unseen scenes and on the ten real ones"
 	@$(BIN)/emorl_evaluate '$(OUT)' --data tetrominoes tetrominoes_real --out '$(OUT)'
-	@test -s '$(OUT)/slots.png' || { echo "$(OUT) holds no slots.png" >&2; exit 1; }
+	@test -n "$$(find '$(OUT)/results' -name slots.png -size +0)" || { echo "$(OUT)/results holds no slots.png" >&2; exit 1; }
 
 test: $(READY) ## everything CI checks; closes with 'N passed, N failed'
 	@$(BIN)/python tools/check.py

@@ -167,7 +167,7 @@ def emorl_evaluate(
     if not speaks: return
     if json: print(_json(_as_json(results)))
     else: _report(results, markdown)
-    if out and not json: print(*(results_folder(out, *key) for key in results), sep='\n')
+    if out and not json: print(*(results_folder(out, *key)/f for key in results for f in ('results.json', 'slots.png')), sep='\n')
 
 def _keep(net, name, split, seed, results, folder, active):
     "Write an evaluation's files: results, a picture of the first dataset, and how active each latent is."

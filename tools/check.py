@@ -122,13 +122,15 @@ def demo():
         kept = sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file())
         def need(true, what):
             if not true: raise Failed(f'{what}. It left {kept} and said\n{said}')
-        need({'metrics.jsonl', 'results.json', 'slots.png'} <= set(kept), 'A file is missing')
+        found = [k for k in kept if k.startswith('results/') and k.endswith('/results.json')]
+        need('metrics.jsonl' in kept and len(found) == 1, 'A file is missing')
+        picture = (out/found[0]).with_name('slots.png')
         need([k for k in kept if k.endswith('.safetensors')], 'There is no checkpoint (*.safetensors)')
         metrics = [json.loads(o) for o in (out/'metrics.jsonl').read_text().splitlines()]
         need(metrics and all(isinstance(m, dict) for m in metrics), 'metrics.jsonl holds no records')
-        need('ari_fg' in json.dumps(json.loads((out/'results.json').read_text())), 'results.json says no ari_fg')
-        need((out/'slots.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n', 'slots.png is no PNG')
-        need('ari_fg' in said and str(out/'slots.png') in said, 'The table or the path of the picture was not printed')
+        need('ari_fg' in json.dumps(json.loads((out/found[0]).read_text())), 'results.json says no ari_fg')
+        need(picture.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n', 'slots.png is no PNG')
+        need('ari_fg' in said and str(picture) in said, 'The table or the path of the picture was not printed')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -153,6 +153,10 @@ class Clevr(Generated):
     @property
     def image_size(self): return 3, *self.size
     @property
+    def names(self)->dict:
+        "Factor -> its words, the first being number 1."
+        return {'material': materials, 'shape': shapes, 'size': tuple(sizes), 'color': colours}
+    @property
     def num_entities(self): return 1 + self.shift.number(variants[self.variant])[1]
     def draw(self, numbers)->Scenes:
         "The scenes of these numbers of the stream."
