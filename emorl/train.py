@@ -21,8 +21,8 @@ from jaxtyping import Float
 
 from .checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from .core import EmorlError, lookup
-from .data.loading import Loader, images_only
-from .data.scenes import SceneDataset
+from .data.loading import Loader
+from .data.scenes import SceneDataset, images_only
 from .evaluate import check_fits, evaluate, precisions
 from .files import write_beside
 from .models.slot_model import SlotModel

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Picture', 'show_images', 'slot_colors', 'mask_image', 'outline', 'slot_table', 'slot_grid', 'show_trajectory',
-           'save_figure']
+           'slots_by_step', 'show_slots', 'show_attention', 'show_posterior', 'pca', 'show_projection', 'read_curves',
+           'show_training', 'save_figure']
 
 # %% ../nbs/api/2B_viz.ipynb #321e3edf
-import colorsys, io
+import base64, colorsys, io, json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class Picture(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format='png')
         return buffer.getvalue()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        "The picture, with its sentence where notebooks and pages made from them look for it."
+        return {'image/png': base64.b64encode(self._repr_png_()).decode(), 'text/plain': self.alt or repr(self)}, {'image/png': {'alt': self.alt}}
 
 # %% ../nbs/api/2B_viz.ipynb #3cbf52ad
 _ink, _font, _line, _gap = '#767676', 9, .155, .06  # colour of text and frames; points; inches per line of text; inches between panels
@@ -194,6 +198,191 @@ def show_trajectory(
     quantities, numbers = _figures(steps, index, true)
     return show_images(list(rows.values()), ['image', *names], [*rows, '\n'.join(quantities)], ['', *map('\n'.join, numbers)],
                        alt=f'One image and {len(steps)} estimates of it: reconstruction, masks' + ', attention'*(len(rows) == 3) + ', and their numbers.')
+
+# %% ../nbs/api/2B_viz.ipynb #b090d052
+def slots_by_step(
+    image:Float[Tensor, 'b c h w'],  # The scenes that were inferred
+    steps:Mapping,                   # Estimates in order, by name, as a model's `trajectory` gives them
+    index:int=0,                     # Which scene of the batch
+)->Figure:                           # One row per step
+    "How every slot of one image comes about: estimate by estimate, what it paints where it owns the picture."
+    if not steps: raise EmorlError('Slots by step need at least one step; got none.')
+    one, k = slice(index, index + 1), next(iter(steps.values())).recon.rgb.shape[1]
+    looks = [getattr(s, 'attention', None) for s in steps.values()]
+    rows = [_panels(image[one], Reconstruction(s.recon.rgb[one], s.recon.mask_logits[one]))[0] for s in steps.values()]
+    seen = [None if a is None else mask_image(_soft(a[one], 'attention'))[0] for a in looks]
+    rows = [[*r[1:3], *[a]*any(x is not None for x in seen), *r[3:]] for r, a in zip(rows, seen)]
+    titles = ['recon\xadstruction', 'masks', 'attention'][:len(rows[0]) - k]
+    return show_images([[image[index]] + rows[0], *([None] + r for r in rows[1:])], ['image', *titles, *(f'slot {i}' for i in range(k))], list(steps),
+                       borders=[None]*(1 + len(titles)) + slot_colors(k).tolist(), alt=f'One image and {len(steps)} estimates of it, one per row: reconstruction, masks, and what each of {k} slots paints.')
+
+# %% ../nbs/api/2B_viz.ipynb #396469bf
+def show_slots(
+    image:Float[Tensor, 'b c h w'],  # Scenes in [0,1]
+    recon:Reconstruction,            # What the model paints for them
+    index:int=0,                     # Which scene of the batch
+)->Figure:                           # Rows: colours, mask, both; columns: all together, then each slot
+    "Everything that the slots of one image paint."
+    one, k = slice(index, index + 1), recon.rgb.shape[1]
+    part = Reconstruction(recon.rgb[one], recon.mask_logits[one]).detach()
+    whole, painted, owned, *masked = _panels(image[one], part)[0]
+    rows = [[painted, *part.rgb[0]], [owned, *part.masks[0]], [whole, *masked]]
+    return show_images(rows, ['all', *(f'slot {i}' for i in range(k))], ['paints', 'mask', 'masked'], borders=[None, *slot_colors(k).tolist()],
+                       alt=f'One image in {k} slots, one per column: the colours that it paints, its mask, and the colours where the mask is.')
+
+# %% ../nbs/api/2B_viz.ipynb #5a2c5baf
+def show_attention(
+    image:Float[Tensor, 'b c h w'],  # The scenes that were inferred
+    steps:Mapping,                   # Estimates by name, with `attention` [b k h w]; those without have no row
+    index:int=0,                     # Which scene of the batch
+)->Figure:                           # One row per layer
+    "Where the slots of one image looked, layer by layer."
+    maps = {n: a for n, s in steps.items() if (a := getattr(s, 'attention', None)) is not None}
+    names = [n for n, before in zip(maps, [None, *maps]) if before is None or not torch.equal(maps[n], maps[before])]
+    if not names: raise EmorlError('None of these estimates has attention to show.')
+    shares = [_soft(maps[n], 'attention')[index].float() for n in names]
+    large = [F.interpolate(s[:, None], image.shape[-2:], mode='bilinear') for s in shares]
+    rows = [[mask_image(s[None])[0], *(image[index]*a + 1 - a)] for s, a in zip(shares, large)]
+    k = len(shares[0])
+    return show_images(rows, ['all', *(f'slot {i}' for i in range(k))], names, borders=[None, *slot_colors(k).tolist()],
+                       alt=f'Attention of {k} slots in {len(names)} layers, one per row: all together, then the part of the image that each slot looked at.')
+
+# %% ../nbs/api/2B_viz.ipynb #1c145972
+def _diagram(width, height, panels=1, columns=1, **options):
+    "A picture with axes in grey on nothing."
+    fig = Picture(figsize=(width, height), dpi=100, facecolor='none', layout='constrained')
+    axes = np.atleast_1d(fig.subplots(-(-panels//columns), columns, **options)).ravel()
+    for ax in axes: _grey(ax)
+    for ax in axes[panels:]: ax.remove()
+    return fig, axes[:panels]
+
+def _grey(ax):
+    ax.set_facecolor('none'); ax.tick_params(colors=_ink, labelsize=_font - 1, width=.6)
+    for o in (ax.xaxis.label, ax.yaxis.label, ax.title): o.set_color(_ink); o.set_fontsize(_font)
+    for s in ax.spines.values(): s.set(color=_ink, lw=.6)
+
+def show_posterior(
+    posterior,       # `SlotGaussian`: `loc` and `std` [b k d]
+    index:int=0,     # Which scene of the batch
+)->Figure:           # Two maps: a row per slot, a column per latent
+    "Means and standard deviations of the slots of one image."
+    loc, std = (np.atleast_2d(p[index].detach().cpu().float().numpy()) for p in (posterior.loc, posterior.std))
+    if not loc.size: raise EmorlError(f'A posterior has slots and latents, [b k d]; got {list(posterior.loc.shape)}.')
+    k, d = loc.shape
+    fig, axes = _diagram(7, .9 + 2*max(.14*k, .55), 2)
+    most = np.abs(loc).max() or 1
+    for ax, values, name, look in zip(axes, (loc, std), ('means', 'standard deviations'), (dict(cmap='PuOr', vmin=-most, vmax=most), dict(cmap='cividis', vmin=0))):
+        bar = fig.colorbar(ax.imshow(values, aspect='auto', interpolation='nearest', **look), ax=ax, pad=.01); bar.outline.set_visible(False); _grey(bar.ax)
+        ax.set_title(name, loc='left', color=_ink, fontsize=_font); ax.set_yticks(range(k), [f'slot {i}' for i in range(k)] if k <= 12 else None)
+        for i, c in enumerate(slot_colors(k).tolist()): ax.add_patch(Rectangle((-.5, i - .5), d*.012, 1, color=c, lw=0))
+    axes[-1].set_xlabel('latent')
+    fig.alt = f'Two maps of {k} slots by {d} latents: the means of the posterior, and its standard deviations.'
+    return fig
+
+# %% ../nbs/api/2B_viz.ipynb #be5bd737
+def pca(
+    points,              # [n d], tensor or array
+    num:int=2,           # How many components
+)->tuple[np.ndarray, np.ndarray, np.ndarray]: # The points [n num], the share of the variance on each axis [num], the axes [num d]
+    "Points on their principal components."
+    x = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, np.float64)
+    if x.ndim != 2 or min(x.shape) < num: raise EmorlError(f'{num} principal components need points [n d] with n and d at least {num}; got {list(x.shape)}.')
+    u, s, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    sign = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:num]
+    return (u*s)[:, :num]*sign, (s**2/max((s**2).sum(), 1e-30))[:num], axes[:num]*sign[:, None]
+
+def show_projection(
+    points,                # Slots [n d] of any images
+    values:Sequence=None,  # A factor of each [n]: numbers are shown on a scale, words and integers as kinds
+    name:str='',           # Of the factor
+)->Figure:
+    "Slots on their first two principal components, coloured by a factor."
+    xy, share, _ = pca(points)
+    values = np.zeros(len(xy), int) if values is None else np.asarray(values)
+    if values.shape != (len(xy),): raise EmorlError(f'One value for each of {len(xy)} slots is needed to colour them; got {list(values.shape)}.')
+    fig, (ax,) = _diagram(4.4, 3.2)
+    if values.dtype.kind == 'f': bar = fig.colorbar(ax.scatter(*xy.T, c=values, cmap='cividis', s=16, ec=_ink, lw=.4), ax=ax, pad=.02); bar.outline.set_visible(False); bar.set_label(name); _grey(bar.ax)
+    else: _kinds(ax, xy, values, name)
+    ax.set(xlabel=f'first component ({share[0]:.0%} of the variance)', ylabel=f'second ({share[1]:.0%})')
+    fig.alt = f'{len(xy)} slots on the plane of their first two principal components' + (f', coloured by {name}.' if name else '.')
+    return fig
+
+def _kinds(ax, xy, values, name):
+    "One colour and one marker for each kind."
+    kinds = np.unique(values)
+    for i, (v, c) in enumerate(zip(kinds, slot_colors(len(kinds)).tolist())):
+        ax.scatter(*xy[values == v].T, color=c, marker='osD^vPX<>p'[i % 10], s=18, ec=_ink, lw=.4, label=str(v))
+    if len(kinds) > 1: ax.legend(title=name, loc='center left', bbox_to_anchor=(1, .5), frameon=False, labelcolor=_ink, fontsize=_font - 1, title_fontproperties={'size': _font}).get_title().set_color(_ink)
+
+# %% ../nbs/api/2B_viz.ipynb #033f2238
+def _from_lines(path):
+    "Curves of a JSON-lines file."
+    curves = {}
+    for text in path.read_text(encoding='utf-8').split('\n')[:-1]:
+        try: line = json.loads(text)
+        except ValueError as e: raise EmorlError(f'{path} holds a line that is no JSON: {text[:60]!r}.') from e
+        for k, v in line.items():
+            if k not in ('step', 'seconds'): curves.setdefault(k, []).append((line['step'], v))
+    return {k: tuple(np.array(v, np.float64).T) for k, v in curves.items()}
+
+def _from_tensorboard(folder):
+    "Curves of TensorBoard's event files."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 1}).Reload()
+    return {k.split('/')[-1]: tuple(np.array([(e.step, e.value) for e in events.Scalars(k)], np.float64).T) for k in events.Tags()['scalars']}
+
+def read_curves(
+    run:str|Path,                               # Folder of a run; or a folder with TensorBoard's files
+)->dict[str, tuple[np.ndarray, np.ndarray]]:    # Name -> steps, values
+    "What a training wrote down so far."
+    run = Path(run)
+    if not run.is_dir(): raise EmorlError(f'There is no run {run}.')
+    if (run/'metrics.jsonl').is_file(): return _from_lines(run/'metrics.jsonl')
+    if folder := next((p.parent for p in sorted(run.rglob('events.out.tfevents.*'))), None): return _from_tensorboard(folder)
+    raise EmorlError(f'{run} holds neither metrics.jsonl nor files of TensorBoard.')
+
+# %% ../nbs/api/2B_viz.ipynb #5f2efae7
+_shown = {'NLL': 'misfit, NLL (nats)', 'geco_beta': "GECO's multiplier", 'geco_C_ema': 'constraint − NLL, averaged', 'KL': 'information, KL (nats)', 'update': 'size of the updates',
+          'ari_fg': 'held out: FG-ARI', 'mse': 'held out: MSE', 'grad_norm': 'norm of the gradient', 'lr': 'learning rate'}
+
+def _smooth(y):
+    "Running mean over a fiftieth of the curve."
+    n = len(y)//50
+    total = np.concatenate([[0], np.cumsum(np.nan_to_num(y))])
+    i = np.arange(len(y)); lo, hi = np.maximum(i - n, 0), np.minimum(i + n + 1, len(y))
+    return (total[hi] - total[lo])/(hi - lo)
+
+def _curve(ax, x, y, color, label=''):
+    ax.plot(x, y, color=color, lw=.6, alpha=.45); ax.plot(x, (mean := _smooth(y)), color=color, lw=1.6)
+    ax.annotate(label, (x[-1], mean[-1]), (3, 0), textcoords='offset points', va='center', color=_ink, fontsize=_font - 1)
+
+def _limits(ax, ys, also=()):
+    y = np.concatenate([np.concatenate(ys), also]); y = y[np.isfinite(y)]
+    if not y.size: return
+    lo, hi = y.min(), max(np.quantile(y, .98), *also, -np.inf)
+    ax.set_ylim(lo - .06*(hi - lo or 1), hi + .06*(hi - lo or 1))
+
+def show_training(
+    curves:Mapping,          # Name -> (steps, values), as `read_curves` gives them
+    constraint:float=None,   # The NLL that GECO holds a run to, nats; None: no line
+    keep:Sequence=None,      # Which panels; None: all there is
+)->Figure:
+    "The curves of a training."
+    updates = {k: v for k, v in curves.items() if k.startswith('norm_delta_lam')}
+    groups = {k: {k: curves[k]} if k in curves else updates if k == 'update' else {} for k in _shown}
+    groups = {k: g for k, g in groups.items() if g and (keep is None or k in keep)}
+    if not groups: raise EmorlError(f'There is no curve to show yet; got {", ".join(curves) or "nothing"}.')
+    fig, axes = _diagram(7, 1.75*-(-len(groups)//3), len(groups), min(3, len(groups)))
+    colors = ['#%02x%02x%02x' % tuple(round(255*c) for c in rgb) for rgb in slot_colors(8).tolist()]
+    for ax, (k, group) in zip(axes, groups.items()):
+        for i, (n, (x, y)) in enumerate(group.items()): _curve(ax, x, y, colors[i % 8], f'I{n.rpartition("_")[2]}'*(k == 'update'))
+        line = {'NLL': constraint, 'geco_C_ema': 0}.get(k)
+        if line is not None: ax.axhline(line, color=_ink, lw=1, ls='--')
+        _limits(ax, [y for _, y in group.values()], () if line is None else (line,))
+        ax.set_title(_shown[k], loc='left', color=_ink, fontsize=_font); ax.ticklabel_format(axis='y', scilimits=(-3, 4)); ax.yaxis.get_offset_text().set(color=_ink, fontsize=_font - 2)
+    for ax in axes[-min(3, len(axes)):]: ax.set_xlabel('step')
+    fig.alt = f'Curves of a training against its steps: {"; ".join(_shown[k] for k in groups)}.'
+    return fig
 
 # %% ../nbs/api/2B_viz.ipynb #b8c6cd4a
 def save_figure(

@@ -1,5 +1,5 @@
 """Any damage to a file is one sentence: never a hang, never a crash, never another exception. Seeded and bounded."""
-import gzip, signal, subprocess, sys
+import gzip, importlib, signal, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emorl.core import EmorlError
+from emorl.data import tfrecord
 from emorl.data.datasets import open_dataset, source_splits
 from emorl.data.hdf5 import write_hdf5
 from emorl.data.tetrominoes import Tetrominoes
@@ -61,8 +62,14 @@ def made(tmp_path_factory):
         for k, v in scenes.factors.items(): f[k] = v if v.ndim == 3 else v[..., None]
     return tmp
 
+@pytest.fixture(params=['zlib', 'zlib_ng.zlib_ng'])
+def unzip(request, monkeypatch):
+    "Either of the two that may unpack gzip."
+    try: monkeypatch.setattr(tfrecord, 'zlib', importlib.import_module(request.param))
+    except ImportError: pytest.skip('zlib-ng is not installed')
+
 @pytest.mark.parametrize('kind', ['packed', 'plain'])
-def test_tfrecord(made, kind, tmp_path):
+def test_tfrecord(made, kind, tmp_path, unzip):
     whole = (made/kind).read_bytes()
     @bounded
     @given(edits)
@@ -71,7 +78,7 @@ def test_tfrecord(made, kind, tmp_path):
         only_sentences(lambda p: list(read_tfrecord(p)), tmp_path/'x')
     run()
 
-def test_anything_as_a_tfrecord(tmp_path):
+def test_anything_as_a_tfrecord(tmp_path, unzip):
     @bounded
     @given(st.binary(max_size=300), st.booleans(), st.booleans())
     def run(data, framed, packed):

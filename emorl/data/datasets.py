@@ -26,7 +26,7 @@ from .dsprites import MultiDSprites
 from .folders import ImageFolder, split_folder
 from .hdf5 import FlatHDF5Scenes, HDF5Scenes, Stream, hdf5_splits, is_flat_hdf5, write_hdf5, write_resumable
 from .pictures import centre_crop, crop_image, crop_mask, crops
-from .scenes import InMemory, SceneDataset, Scenes, Subset, concat, stream_splits
+from .scenes import InMemory, SceneDataset, Scenes, Subset, concat, images_only, stream_splits
 from .shifts import Shift
 from .tetrominoes import Tetrominoes, tetrominoes_real
 from .tfrecord import read_records, read_tfrecord, tfrecord_schema
@@ -115,6 +115,9 @@ class Cropped:
     def batch(self, indices)->Scenes:
         "The scenes at `indices`; factors stay those of the whole picture."
         return _cut(self.dataset.batch(indices), self.crop, self.size)
+    def images_only(self)->'Cropped':
+        "The same without masks and factors."
+        return Cropped(images_only(self.dataset), self.size)
 
 def _cut(scenes, crop, size):
     return replace(scenes, image=crop_image(scenes.image, crop, size), mask=None if scenes.mask is None else crop_mask(scenes.mask, crop, size))
@@ -232,8 +235,9 @@ def describe(
         return dict(name=str(source), kind='generated', splits={s: _split_facts(d, look) for s, d in splits.items()})
     path, kind = _path(source), file_kind(_path(source))
     if kind == 'tfrecord':
-        total, name, first = sum(1 for _ in read_records(path)), tfrecord_schema(path).name, _glance(path, 1).image[0].size
-        splits = {'all': _split_facts(_open_tfrecord(path, min(look, total, max(16, 2**24//first))), look) | dict(scenes=total)}
+        schema, total = tfrecord_schema(path), sum(1 for _ in read_records(path))
+        few = min(look, max(16, 2**24//int(np.prod(schema.image))))
+        name, splits = schema.name, {'all': _split_facts(_open_tfrecord(path, few), few) | dict(scenes=total)}
     else:
         opened = {s: _open_path(path, s, None) for s in source_splits(path)}
         name, splits = next(iter(opened.values())).name, {s: _split_facts(d, look) for s, d in opened.items()}
@@ -244,7 +248,7 @@ def describe(
 def _walk(source, split, batch_size=32):
     "A function: position -> pairs of `Scenes` and their positions in a split of a source."
     path = _path(source)
-    if source not in dataset_names and file_kind(path) == 'tfrecord': parts = lambda start: read_tfrecord(path, batch_size, start)
+    if source not in dataset_names and file_kind(path) == 'tfrecord': parts = lambda start: read_tfrecord(path, batch_size//4, start)
     else:
         data = open_dataset(source, split)
         def parts(start): return (data.batch(range(i, min(i + batch_size, len(data)))) for i in range(start, len(data), batch_size))
@@ -255,19 +259,24 @@ def _walk(source, split, batch_size=32):
 # %% ../../nbs/api/35_datasets.ipynb #9010ba09
 def _first_bad(bad): return int(np.flatnonzero(bad.reshape(len(bad), -1).any(1))[0])
 
+def _need(ok, where, at, sentence):
+    if not ok.all(): raise EmorlError(f'{where}, scene {at[_first_bad(~ok)]}: {sentence}.')
+
+def _check_objects(scenes, where, at):
+    if 'visibility' in scenes.factors: _need((scenes.factors['visibility'][:, 1:] > 0).any(1), where, at, 'it has no objects; at least one is expected')
+
 def _check_scenes(scenes, where, at):
     "What a scene must hold, beyond what is checked when it is read."
-    def need(ok, sentence):
-        if not ok.all(): raise EmorlError(f'{where}, scene {at[_first_bad(~ok)]}: {sentence}.')
-    for k, v in scenes.factors.items(): need(np.isfinite(v), f'the factor {k!r} is not finite')
+    need = partial(_need, where=where, at=at)
+    for k, v in scenes.factors.items(): need(np.isfinite(v), sentence=f'the factor {k!r} is not finite')
     if 'visibility' in scenes.factors:
         v = scenes.factors['visibility']
-        need((v >= 0) & (v <= 1), 'visibility lies between 0 and 1, and here it does not')
-        need((v[:, 1:] > 0).any(1), 'it has no objects; at least one is expected')
+        need((v >= 0) & (v <= 1), sentence='visibility lies between 0 and 1, and here it does not')
+        _check_objects(scenes, where, at)
     if scenes.mask is None: return
     seen = np.stack([(scenes.mask == i).any((1, 2)) for i in range(max(scenes.num_entities, int(scenes.mask.max()) + 1))], 1)
-    need(~seen[:, scenes.num_entities:], f'the mask names entity {scenes.mask.max()}; there are {scenes.num_entities}, the background included')
-    if 'visibility' in scenes.factors: need(~(seen[:, :scenes.num_entities] & (v == 0)), 'the mask shows an entity that is not there (visibility 0)')
+    need(~seen[:, scenes.num_entities:], sentence=f'the mask names entity {scenes.mask.max()}; there are {scenes.num_entities}, the background included')
+    if 'visibility' in scenes.factors: need(~(seen[:, :scenes.num_entities] & (v == 0)), sentence='the mask shows an entity that is not there (visibility 0)')
 
 def _prints(scenes):
     "8 bytes for each scene that tell it from others."
@@ -316,7 +325,6 @@ def make_dataset(
 
 # %% ../../nbs/api/35_datasets.ipynb #a545836d
 published_splits = {'tetrominoes': (60_000, 320), 'multi_dsprites': (60_000, 320), 'clevr': (50_000, 320)}
-_counted = 64 << 20
 
 def _kept(scenes, most, path):
     "A walk without the scenes of more than `most` objects."
@@ -327,22 +335,30 @@ def _kept(scenes, most, path):
             yield s[keep], at[keep]
     return walk
 
+def _with_objects(scenes, where):
+    "A walk that ends with a sentence at a scene without objects."
+    def walk(position):
+        for s, at in scenes(position): _check_objects(s, where, at); yield s, at
+    return walk
+
 def _resized(scenes, name, size):
     def walk(position):
         for s, at in scenes(position): yield Cropped(InMemory(s, name), size).batch(range(len(s))), at
     return walk
 
-def _ranges(name, total, num_train, num_test):
-    "Scenes for training and for testing of a source without splits; `total` is None if it was not counted."
-    train, test = next((v for k, v in published_splits.items() if name.startswith(k) and not name.startswith('clevrtex')), (2**40, 320))
-    if total is not None and num_train is None and num_test is None and total < train + test:
-        test = min(test, max(1, total//10)) if total > 1 else 0
-        return total - test, test
-    train, test = train if num_train is None else num_train, test if num_test is None else num_test
-    if total is not None and total < train + test:
-        if num_train is not None and num_test is not None: raise EmorlError(f'{name} has {total} scenes, not {train} + {test}.')
-        train, test = (train, total - train) if num_test is None else (total - test, test)
-    return train, test
+def _wanted(name, num):
+    "Scenes for training and for testing: as published, where `num` says nothing else."
+    train, test = next((v for k, v in published_splits.items() if name.startswith(k) and not name.startswith('clevrtex')), (2**62, 320))
+    return num.get('train', train), num.get('test', test)
+
+def _ranges(name, total, num, where):
+    "How many of `total` scenes without splits are for training, and how many of the next for testing."
+    if sum(num.values()) > total: raise EmorlError(f'{where} has {total} scenes, not {" + ".join(map(str, num.values()))}.')
+    train, test = _wanted(name, num)
+    if total < train + test:
+        if not num: test = min(test, max(1, total//10)) if total > 1 else 0
+        train, test = (train, total - train) if 'train' in num else (total - test, test)
+    return dict(train=train, test=test)
 
 # %% ../../nbs/api/35_datasets.ipynb #0d9bf572
 def _sources(path, num, max_objects, size):
@@ -353,17 +369,15 @@ def _sources(path, num, max_objects, size):
     streamed = kind == 'tfrecord' or max_objects is not None
     def source(split):
         if not streamed: return open_dataset(path, split, size=size)
-        walk = _walk(path, split)
+        walk = _with_objects(_walk(path, split), f'{path}, {split}')
         if max_objects is not None: walk = _kept(walk, max_objects, path)
         return walk if size is None else _resized(walk, name, size)
     if splits != ['all']:
         return {s: _limited(source(s), num.get(s), title, f'{path}, {s}') for s in splits}
-    one = source('all')
-    total = len(one) if not streamed else sum(len(s) for s, _ in one(0)) if path.is_file() and path.stat().st_size < _counted else None
-    train, test = _ranges(name, total, num.get('train'), num.get('test'))
-    if not streamed: return {k: Subset(one, np.arange(a, b)) for k, a, b in (('train', 0, train), ('test', train, train + test)) if b > a}
-    streams = dict(train=Stream(one, train, title), test=Stream(one, test, title, after='train'))
-    return {k: s for k, s in streams.items() if s.limit}
+    one, shares = source('all'), lambda total: _ranges(name, total, num, path)
+    if streamed: return dict(all=Stream(one, sum(_wanted(name, num)), title, shares))
+    n = shares(len(one))
+    return {k: Subset(one, at + np.arange(n[k])) for k, at in dict(train=0, test=n['train']).items() if n[k]}
 
 def _limited(source, num, title, where):
     if callable(source): return Stream(source, num or 2**62, title)
@@ -382,7 +396,7 @@ def convert(
     num_test:int|None=None,    # Scenes of `test`
     max_objects:int|None=None, # Leave out scenes with more objects than that; 6 makes CLEVR6
     size:int|None=None,        # Cut and resize as published, to 96 or 128; None leaves scenes as they are
-    processes:int=1,           # How many read at the same time (a TFRecord, or a choice by objects: one)
+    processes:int=1,           # How many work at the same time (of a TFRecord, or a choice by objects, one reads and they write)
     progress:bool=False,       # Show a bar
 )->dict:                       # Scenes of each split
     "Convert a dataset to HDF5 in the published layout; interrupted, the same call goes on."
@@ -392,5 +406,6 @@ def convert(
         if n is not None and n < (what == 'size'): raise EmorlError(f'{what} is a number of scenes, objects or pixels, not {n}.')
     splits = _sources(path, {k: n for k, n in dict(train=num_train, test=num_test).items() if n is not None}, max_objects, size)
     if out.exists() and out.resolve() == path.resolve(): raise EmorlError(f'{path} cannot be converted into itself.')
-    plan = dict(convert=str(path.resolve()), stamp=_stamp(path), train=num_train, test=num_test, max_objects=max_objects, size=size)
+    plan = dict(convert=str(path.resolve()), state_of_source=_stamp(path), max_objects=max_objects, size=size)
+    if not isinstance(splits[next(iter(splits))], Stream): plan |= dict(train=num_train, test=num_test)
     return write_resumable(out, splits, plan, processes, progress=progress)

@@ -7,15 +7,19 @@ __all__ = ['hdf5_splits', 'HDF5Scenes', 'is_flat_hdf5', 'FlatHDF5Scenes', 'part_
            'write_resumable']
 
 # %% ../../nbs/api/29_hdf5.ipynb #a4f0a488
-import fcntl, io, json, multiprocessing, os, shutil, signal, threading
+import io, json, math, multiprocessing, os, shutil, signal, threading
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+try: import fcntl
+except ImportError: fcntl = None  # Windows
 
 import h5py
 import numpy as np
@@ -110,12 +114,26 @@ def _named(dset):
     return columns, _text(dset, 'bytes').split()
 
 # %% ../../nbs/api/29_hdf5.ipynb #9d69a0a5
+_most_room = 512 << 20
+
+def _room(dset):
+    "Slots and bytes of a cache that holds the chunks of a row, or None if there are no chunks."
+    if not dset.chunks: return None
+    chunks = math.prod(-(-n//c) for n, c in zip(dset.shape[1:], dset.chunks[1:]))
+    return 100*chunks + 8191, min(max(8 << 20, chunks*math.prod(dset.chunks)*dset.dtype.itemsize), _most_room)
+
+def _open_array(group, name):
+    "An array of a group, opened for reading rows; None if there is none."
+    if not isinstance(group.get(name), h5py.Dataset): return None
+    room, access = _room(group[name]), h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    if room: access.set_chunk_cache(*room, .75)
+    return h5py.Dataset(h5py.h5d.open(group.id, name.encode(), access), readonly=True)
+
 def _rows(dset, idx):
-    "Rows `idx` of an HDF5 dataset, each chunk touched once."
+    "Rows `idx` of an HDF5 dataset, read in the order of the file."
     rows, back = np.unique(idx, return_inverse=True)
-    per = dset.chunks[0] if dset.chunks else 1
-    cuts = np.flatnonzero((np.diff(rows) > 1) & (np.diff(rows//per) > 0)) + 1
-    parts = [dset[r[0]:r[-1] + 1][r - r[0]] for r in np.split(rows, cuts) if r.size]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    parts = [dset[r[0]:r[-1] + 1] for r in runs if r.size]
     return np.concatenate(parts)[back.reshape(-1)] if parts else np.zeros((0, *dset.shape[1:]), dset.dtype)
 
 def _to_bytes(imgs, where):
@@ -144,27 +162,36 @@ def _visible(mask, k): return (mask[:, None] == np.arange(k, dtype=np.uint8)[:, 
 # %% ../../nbs/api/29_hdf5.ipynb #9e7be605
 class _HDF5File:
     "A file each process opens for itself, at its first read."
-    def __init__(self, path): self.path, self._file, self._pid, self._stamp = Path(path), None, None, _stamp(path)
+    def __init__(self, path): self.path, self._file, self._pid, self._sets, self._stamp = Path(path), None, None, {}, _stamp(path)
     def __len__(self): return self.num
-    def __getstate__(self): return self.__dict__ | dict(_file=None, _pid=None)
+    def __getstate__(self): return self.__dict__ | dict(_file=None, _pid=None, _sets={})
     def close(self):
         "Close this process's handle; the next read opens another."
+        self._sets = {}
         if self._file: self._file = self._file.close()
     def _open(self):
+        "The arrays of the split, by name."
         if _stamp(self.path) != self._stamp: self.close(); raise EmorlError(f'{self.path} was replaced after it was opened.')
         if self._file is None or self._pid != os.getpid():
             self.close()
-            self._file, self._pid = h5py.File(self.path, 'r'), os.getpid()
-        return self._file
-    def _read(self, names, idx, where):
-        "Rows `idx` of the arrays `names` of the group `self.split`."
+            file = h5py.File(self.path, 'r')
+            arrays = {k: _open_array(file[self.split], k) for k in self.arrays}
+            self._file, self._pid, self._sets = file, os.getpid(), {k: d for k, d in arrays.items() if d is not None}
+        return self._sets
+    def _read(self, idx, where):
+        "Rows `idx` of all arrays."
         with _sentences(self.path, f'cannot be read ({where}scenes {min(idx, default=0)} to {max(idx, default=0)})'):
-            group = self._open()[self.split]
-            return {k: _rows(group[k], idx) for k in names if isinstance(group.get(k), h5py.Dataset)}
+            return {k: _rows(d, idx) for k, d in self._open().items()}
+    def images_only(self):
+        "The same scenes without masks and factors, which are then not even read."
+        res = copy(self)
+        res.arrays, res.num_entities = self.arrays[:1], 0
+        return res
 
 # %% ../../nbs/api/29_hdf5.ipynb #f7c972c0
 class HDF5Scenes(_HDF5File):
     "One split of an HDF5 file in the published layout; picklable, and safe to use after `fork`."
+    arrays = _arrays
     def __init__(self,
         path:str|Path,     # The file
         split:str='test',  # Which of its groups
@@ -183,10 +210,10 @@ class HDF5Scenes(_HDF5File):
     def batch(self, indices)->Scenes:
         "The scenes at `indices`, in that order."
         idx = check_indices(indices, self.num, self.where)
-        got = self._read(_arrays, idx, f'{self.split}, ')
+        got = self._read(idx, f'{self.split}, ')
         image = np.ascontiguousarray(_to_bytes(got['imgs'], self.where).transpose(0, 3, 1, 2))
         mask = _mask(got['masks'][..., 0], self.where, idx) if 'masks' in got else None
-        factors = {f: v for k, named in self.tables.items() for f, v in _part(got[k], *named).items()}
+        factors = {f: v for k, named in self.tables.items() if k in got for f, v in _part(got[k], *named).items()}
         if mask is not None and 'visibility' not in factors: factors['visibility'] = _visible(mask, self.num_entities)
         return Scenes(image, mask, factors)
 
@@ -222,16 +249,19 @@ class FlatHDF5Scenes(_HDF5File):
         super().__init__(path)
         self.name = self.path.stem
         with _sentences(path), h5py.File(path, 'r') as f:
-            self.num, self.image_size, self.factors, rows = _flat_head(f, path)
+            self.num, self.image_size, factors, rows = _flat_head(f, path)
+            self.arrays = ('image', 'mask', *factors)
             counted = isinstance(f.get('num_actual_objects'), h5py.Dataset) and 'visibility' in self.factors
             self.lacks_background = counted and bool((f['visibility'][:64].reshape(min(64, self.num), -1) > 0).sum() == f['num_actual_objects'][:64].sum())
             self.num_entities = rows + self.lacks_background
 
+    @property
+    def factors(self): return self.arrays[2:]
     def __repr__(self): return f'FlatHDF5Scenes({self.path.name}: {self.num} scenes {self.image_size})'
     def batch(self, indices)->Scenes:
         "The scenes at `indices`, in that order."
         idx = check_indices(indices, self.num, str(self.path))
-        got = self._read(('image', 'mask', *self.factors), idx, '')
+        got = self._read(idx, '')
         mask = got['mask'][..., 0] if 'mask' in got else None
         if mask is not None and self.num_entities and (bad := np.flatnonzero((mask >= self.num_entities).any((1, 2)))).size:
             raise EmorlError(f'{self.path}, scene {idx[bad[0]]}: the mask names entity {mask[bad[0]].max()}; there are {self.num_entities}, the background included.')
@@ -330,20 +360,20 @@ def write_hdf5(
 @dataclass(frozen=True)
 class Stream:
     "Scenes that come one after another: `scenes(position)` gives pairs of `Scenes` and the position of each in the source."
-    scenes:Callable    # position -> iterable of (Scenes, int64 [n])
-    limit:int=2**62    # At most so many
+    scenes:Callable      # position -> iterable of (Scenes, int64 [n])
+    limit:int=2**62      # At most so many
     name:str='scenes'
-    after:str=''       # The split of the same source after which this one begins
+    shares:Callable=None # How many there are -> how many of them, from the first on, for each split; None: all for one split
 
 def _parts(folder, split):
     "The parts of a split that are there: (number, scenes, position behind them, path), in order, up to the first that is missing."
     found = [(*map(int, p.stem.split('-')[1:]), p) for p in folder.glob(f'{split}-*.h5')]
     return [x for i, x in enumerate(sorted(found)) if x[0] == i]
 
-def _write_part(folder, split, k, scenes, position):
-    n = sum(map(len, scenes))
-    write_hdf5(folder/f'{split}-{k:06}-{n}-{position}.h5', {'part': scenes})
-    return n
+def _write_part(folder, split, k, scenes, position, check=lambda: None):
+    "Write scenes as a part; returns how many."
+    write_hdf5(folder/f'{split}-{k:06}-{len(scenes)}-{position}.h5', {'part': [scenes]})
+    return len(scenes)
 
 # %% ../../nbs/api/29_hdf5.ipynb #7f60ce48
 def _grouped(pairs, limit, check):
@@ -363,15 +393,14 @@ def _grouped(pairs, limit, check):
         if limit <= 0: break
     if sum(map(len, held)): yield concat(held), int(np.concatenate(places)[-1]) + 1
 
-def _stream_parts(folder, split, stream, bar, check):
-    "Write the parts of a stream that are missing, in order."
+def _stream_jobs(folder, split, stream, bar, check):
+    "What is missing of a stream, in order: calls of `_write_part`."
     done = _parts(folder, split)
-    have, before = sum(n for _, n, *_ in done), _parts(folder, stream.after) if stream.after else []
-    start = done[-1][2] if done else before[-1][2] if before else 0
+    have, start = sum(n for _, n, *_ in done), done[-1][2] if done else 0
     bar.update(have)
     if have >= stream.limit: return
     for k, (scenes, position) in enumerate(_grouped(stream.scenes(start), stream.limit - have, check), len(done)):
-        bar.update(_write_part(folder, split, k, [scenes], position))
+        yield _write_part, folder, split, k, scenes, position
 
 # %% ../../nbs/api/29_hdf5.ipynb #9fd10802
 _datasets = {}
@@ -393,29 +422,31 @@ def _dataset_part(folder, split, k, lo, hi, batch_size, check=lambda: None):
     return hi - lo
 
 def _dataset_jobs(folder, datasets, bar, batch_size):
-    "What is missing: arguments of `_dataset_part`."
+    "What is missing of datasets: calls of `_dataset_part`."
     for split, data in datasets.items():
         size, have = part_scenes(data.batch([0])), {p.name for p in folder.glob(f'{split}-*.h5')}
         for k, lo in enumerate(range(0, len(data), size)):
             hi = min(lo + size, len(data))
             if f'{split}-{k:06}-{hi - lo}-{hi}.h5' in have: bar.update(hi - lo)
-            else: yield folder, split, k, lo, hi, batch_size
+            else: yield _dataset_part, folder, split, k, lo, hi, batch_size
 
 # %% ../../nbs/api/29_hdf5.ipynb #7176b678
 def _run_jobs(jobs, datasets, processes, bar, check):
-    "Make the parts, here or in several processes."
-    if processes == 1 or len(jobs) < 2:
+    "Make parts, here or in several processes; for each process two parts wait in line."
+    if processes == 1:
         _datasets.update(datasets)
-        for job in jobs: check(); bar.update(_dataset_part(*job, check))
+        for make, *args in jobs: check(); bar.update(make(*args, check))
         return
-    before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context('spawn'), _serve, (datasets,)) as pool:
+    before, waiting = set(multiprocessing.active_children()), set()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _serve, (datasets,)) as pool:
         try:
-            todo = {pool.submit(_dataset_part, *job) for job in jobs}
-            while todo:
-                check()
-                ready, todo = futures.wait(todo, .2, futures.FIRST_COMPLETED)
-                for f in ready: bar.update(f.result())
+            for job in chain(jobs, [None]):
+                if job: waiting.add(pool.submit(*job))
+                while len(waiting) > (2*processes if job else 0):
+                    check()
+                    ready, waiting = futures.wait(waiting, .2, futures.FIRST_COMPLETED)
+                    for f in ready: bar.update(f.result())
+        except EmorlError: raise  # what others are writing is worth waiting for
         except BaseException:
             for p in set(multiprocessing.active_children()) - before: p.terminate()
             raise
@@ -429,7 +460,7 @@ def _plan(path, plan):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder/'lock', 'w')
     with lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e: raise EmorlError(f'Another process is writing {path}.') from e
         plan = json.loads(json.dumps(plan))
         if not (folder/'plan.json').exists(): write_json(folder/'plan.json', plan)
@@ -457,42 +488,53 @@ def _signals():
         for s, handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/api/29_hdf5.ipynb #7ca5fba9
-def _append_raw(dset, src):
-    "Append a dataset to another; whole chunks are copied as they are, still compressed."
-    at, per, zeros = len(dset), dset.chunks[0], (0,)*(dset.ndim - 1)
+def _append_raw(dset, src, lo, hi):
+    "Append rows `lo` to `hi` of a dataset to another; whole chunks are copied as they are, still compressed, where they fall on whole chunks."
+    at, per, zeros = len(dset) - lo, dset.chunks[0], (0,)*(dset.ndim - 1)
     if dset.shape[1:] != src.shape[1:]: raise EmorlError(f'Scenes of one split have one shape; after {dset.name} {list(dset.shape[1:])} came {list(src.shape[1:])}.')
-    dset.resize(at + len(src), 0)
-    if at % per or src.chunks != dset.chunks: dset[at:] = src[:]; return
-    for i in range(0, len(src), per):
+    dset.resize(at + hi, 0)
+    aligned = at % per == lo % per == 0 and src.chunks == dset.chunks
+    for i in range(lo, hi, per):
+        end = min(i + per, hi)
+        if not aligned or end - i < min(per, len(src) - i): dset[at + i:at + end] = src[i:end]; continue
         skipped, data = src.id.read_direct_chunk((i, *zeros))
         dset.id.write_direct_chunk((at + i, *zeros), data, skipped)
 
 def _assemble(path, splits, check):
-    "One file of all parts."
+    "One file of the parts: `splits` is a name -> what it is called, and (part, first row, last row) one after another."
     with write_beside(path) as beside, _Disk(beside, 'w+') as disk:
         try:
             with h5py.File(disk, 'w', libver='v110') as f:
-                for split, (name, parts) in splits.items():
+                for split, (name, rows) in splits.items():
                     group = f.create_group(split)
-                    for part in parts: check(); disk.check(); _append_part(group, part)
+                    for part in rows: check(); disk.check(); _append_part(group, *part)
                     group.attrs['name'] = np.bytes_(name)
         finally: disk.check()
 
-def _append_part(group, path):
+def _append_part(group, path, lo, hi):
     with _sentences(path), h5py.File(path, 'r') as f:
         for k, src in f['part'].items():
             if k not in group:
                 group.create_dataset(k, (0, *src.shape[1:]), src.dtype, maxshape=(None, *src.shape[1:]), chunks=src.chunks, compression='gzip', compression_opts=1, fletcher32=True)
                 for a in ('columns', 'bytes'):
                     if a in src.attrs: group[k].attrs[a] = src.attrs[a]
-            _append_raw(group[k], src)
+            _append_raw(group[k], src, lo, hi)
+
+def _cut(parts, first, num):
+    "Scenes `first` to `first + num` of some parts: (part, first row, last row) one after another."
+    rows, at = [], 0
+    for _, n, _, path in parts:
+        lo, hi = max(first - at, 0), min(first + num - at, n)
+        if lo < hi: rows.append((path, lo, hi))
+        at += n
+    return rows
 
 # %% ../../nbs/api/29_hdf5.ipynb #9b62ba30
 def write_resumable(
     path:str|Path,       # Where the file shall stand
-    splits:Mapping,      # Name of a split -> a `SceneDataset` or a `Stream`
+    splits:Mapping,      # Name of a split -> a `SceneDataset` or a `Stream` (one that is shared out names its splits itself)
     plan:Mapping,        # What is being written, for JSON: the folder of parts is used only by the same plan
-    processes:int=1,     # Make parts of datasets in so many processes
+    processes:int=1,     # How many make parts at the same time
     batch_size:int=64,   # Scenes asked of a dataset at a time
     progress:bool=False, # Show a bar
 )->dict:                 # Scenes of each split
@@ -510,19 +552,28 @@ def _write_all(path, folder, splits, processes, batch_size, progress, check):
     datasets = {k: s for k, s in splits.items() if not isinstance(s, Stream)}
     known = sum(len(d) for d in datasets.values()) + sum(s.limit for s in splits.values() if isinstance(s, Stream))
     with tqdm(total=known if known < 2**62 else None, unit=' scenes', desc=path.name, disable=not progress) as bar:
-        _run_jobs(list(_dataset_jobs(folder, datasets, bar, batch_size)), datasets, processes, bar, check)
-        for split, s in splits.items():
-            if isinstance(s, Stream): _stream_parts(folder, split, s, bar, check)
-    done = {k: (getattr(s, 'name', 'scenes'), _parts(folder, k)) for k, s in splits.items()}
-    counts = {k: sum(n for _, n, *_ in parts) for k, (_, parts) in done.items()}
+        streams = (_stream_jobs(folder, k, s, bar, check) for k, s in splits.items() if isinstance(s, Stream))
+        _run_jobs(chain(_dataset_jobs(folder, datasets, bar, batch_size), *streams), datasets, processes, bar, check)
+    counts, done = {}, {}
+    for k, s in splits.items():
+        parts, at = _parts(folder, k), 0
+        for split, n in _shares(k, s, sum(n for _, n, *_ in parts)).items():
+            counts[split], done[split] = n, (getattr(s, 'name', 'scenes'), _cut(parts, at, n))
+            at += n
     if not any(counts.values()): raise EmorlError(f'There are no scenes to write to {path}.')
-    _assemble(path, {k: (name, [p[-1] for p in parts]) for k, (name, parts) in done.items() if parts}, check)
+    counts = {k: n for k, n in counts.items() if n}
+    _assemble(path, {k: done[k] for k in counts}, check)
     return counts
+
+def _shares(key, source, total):
+    "How many of the scenes written for a source each split gets."
+    if not isinstance(source, Stream): return {key: total}
+    return source.shares(total) if source.shares and total else {key: min(total, source.limit)}
 
 def _kept(e, folder):
     "The same exception, saying what is kept; if nothing is, the folder goes."
     scenes = sum(int(p.stem.split('-')[2]) for p in folder.glob('*-*-*-*.h5'))
     what = 'Interrupted.' if isinstance(e, KeyboardInterrupt) else 'A worker process died.' if isinstance(e, BrokenProcessPool) else str(e)
     if not scenes: shutil.rmtree(folder, ignore_errors=True)
-    rest = f' {scenes:,} scenes are kept in {folder}; the same command goes on from there.' if scenes else ''
+    rest = f' {scenes:,} scenes are kept in {folder}; the next try goes on from there.' if scenes else ''
     return type(e)(what + rest) if not isinstance(e, BrokenProcessPool) else EmorlError(what + rest)

@@ -6,7 +6,7 @@
 __all__ = ['schemas', 'read_records', 'parse_example', 'Schema', 'read_tfrecord', 'tfrecord_schema']
 
 # %% ../../nbs/api/28_tfrecord.ipynb #cf5ef90d
-import os, struct, zlib
+import os, struct
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+try: from zlib_ng import zlib_ng as zlib
+except ImportError: import zlib
 
 from ..core import EmorlError
 from .scenes import Scenes, index_map, prefetch
@@ -200,11 +202,11 @@ def _sizes(s): h, w, c = s.image; return h*w*c, h*w*s.entities
 
 def _recognise(features, where):
     "The schema whose image and mask have the sizes of these."
-    got = tuple(features[k].size if k in features and features[k].dtype == np.uint8 else None for k in ('image', 'mask'))
+    image, mask = (features.get(k, np.zeros(0, np.uint8)) for k in ('image', 'mask'))
     for s in schemas.values():
-        if _sizes(s) == got: return s
-    raise EmorlError(f'{where}: no published dataset has images of {got[0]} and masks of {got[1]} bytes; there are ' +
-                     ', '.join(f'{s.name} ({_sizes(s)[0]}, {_sizes(s)[1]})' for s in schemas.values()) + '.')
+        if image.dtype == mask.dtype == np.uint8 and _sizes(s) == (image.size, mask.size): return s
+    raise EmorlError(f'{where}: no published dataset has {image.size} numbers ({image.dtype}) in an image and {mask.size} ({mask.dtype}) in its masks; there are ' +
+                     ', '.join(f'{s.name} ({_sizes(s)[0]} and {_sizes(s)[1]})' for s in schemas.values()) + ', all of them uint8.')
 
 # %% ../../nbs/api/28_tfrecord.ipynb #4a8777f7
 def _parsed(payload, where):
