@@ -96,10 +96,12 @@ def emorl_train(
     if not res['finished']: print(f'Interrupted and saved; go on with --resume --out {out}', file=sys.stderr); sys.exit(130)
 
 # %% ../nbs/api/90_cli.ipynb #460c0ae6
+def _world(): return int(os.environ.get('WORLD_SIZE', 1))
+
 @contextmanager
 def _processes():
     "Whether this process speaks, and its device; several processes find each other meanwhile."
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: yield True, 'cuda' if torch.cuda.is_available() else 'cpu'; return
+    if _world() == 1: yield True, 'cuda' if torch.cuda.is_available() else 'cpu'; return
     accelerator = make_accelerator()
     try: yield accelerator.is_main_process, accelerator.device
     finally: accelerator.end_training()
@@ -155,7 +157,7 @@ def emorl_evaluate(
 ):
     "How well models segment, reconstruct and explain datasets, as tables with intervals."
     names = [m for m in metrics or ['published'] if m != 'activeness']
-    options = dict(num_images=num_images, batch_size=batch_size, num_refinements=num_refinements, num_slots=num_slots, metrics=names if metrics else None, every_step=steps, decode_chunk=decode_chunk, precision=precision)
+    options = dict(num_images=num_images, batch_size=batch_size, num_refinements=num_refinements, num_slots=num_slots, metrics=names if metrics else None, every_step=steps, decode_chunk=decode_chunk, precision=precision, shared=_world() > 1)
     results = {}
     with _processes() as (speaks, device):
         for name in model:

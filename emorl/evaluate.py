@@ -221,17 +221,18 @@ def _of_whole(names, parts, words, seed):
     return res
 
 # %% ../nbs/api/50_evaluate.ipynb #a66b80dd
-def _gather(parts):
-    "What every process measured, in the order of the batches."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return [p for _, p in sorted(parts.items())]
-    everyone = [None]*torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, parts)
-    return [p for _, p in sorted((n, p) for some in everyone for n, p in some.items())]
-
-def _share(batches):
+def _share(batches, shared):
     "The batches of this process, by number."
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_available() and torch.distributed.is_initialized() else (0, 1)
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
     return list(enumerate(batches))[rank::world]
+
+def _gather(parts, shared):
+    "What every process measured, in the order of the batches."
+    everyone = [parts]
+    if shared:
+        everyone *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, parts)
+    return [p for _, p in sorted((n, p) for some in everyone for n, p in some.items())]
 
 def _joined(dicts): return {k: np.concatenate([d[k] for d in dicts]) for k in dicts[0]}
 
@@ -259,6 +260,7 @@ def evaluate(
     gradient_batch:int=1,      # See `infer`
     decode_chunk:int=None,     # Most slots of images decoded at a time, against memory; None: all
     precision:str='float32',   # Of encoder and decoder: see `precisions`
+    shared:bool=False,         # Every process of the group makes this call, and they share the batches
     progress:Callable=iter,    # Wraps the list of batches, as tqdm does
 )->Results:
     "Infer every scene once and measure."
@@ -270,9 +272,9 @@ def evaluate(
     if n < 1: raise EmorlError(f'There is nothing to evaluate in {dataset.name}.')
     options = dict(num_refinements=i, num_slots=k, gradient_batch=gradient_batch, decode_chunk=decode_chunk, precision=lookup(precision, precisions, 'precision'))
     parts = {}
-    for number, indices in progress(_share(np.split(np.arange(n), range(batch_size, n, batch_size)))):
+    for number, indices in progress(_share(np.split(np.arange(n), range(batch_size, n, batch_size)), shared)):
         parts[number] = _one_batch(model, dataset, judge, indices, names, every_step, factors, seed, iwae_samples, options)
-    values, steps, more = zip(*_gather(parts))
+    values, steps, more = zip(*_gather(parts, shared))
     whole = _of_whole(names, more, getattr(dataset, 'names', {}), seed)
     steps = {s: _joined([p[s] for p in steps]) for s in steps[0]}
     return Results(dataset.name, _joined(values), steps, whole, dict(seed=seed, num_slots=k, num_refinements=i, num_layers=c.num_layers, precision=precision))
