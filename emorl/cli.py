@@ -22,7 +22,7 @@ from .benchmark import benchmark, benchmark_row, benchmark_table, columns
 from .checkpoint import export_published, find_checkpoint, import_published, load
 from .core import EmorlError, lookup
 from .data.datasets import contact_sheet, convert, dataset_names, describe, make_dataset, open_at, open_dataset, verify
-from .evaluate import evaluate, precisions, results_folder, save_results, slot_picture, spread, spread_rows, table
+from .evaluate import check_fits, evaluate, precisions, results_folder, save_results, slot_picture, spread, spread_rows, table
 from .export import encode_dataset, write_samples
 from .files import write_beside, write_json
 from .parity import make_fixture, parity_report
@@ -162,6 +162,7 @@ def emorl_evaluate(
     with _processes() as (speaks, device):
         for name in model:
             net, *called = _loaded(name, device)
+            if any(key[:2] == tuple(called) for key in results): raise EmorlError(f'Two of these checkpoints are called {"/".join(called)}; their results would overwrite each other.')
             data = data or [net.experiment.get('data', 'tetrominoes')]
             for seed in seeds or [0]:
                 results[(*called, seed)] = _evaluated(net, data, split, mask_size, options | {'seed': seed})
@@ -207,7 +208,9 @@ def emorl_robustness(
 def _ready(model, data, split='test'):
     "A model where it computes fastest, its dataset, and where results of the two go."
     net, *called = _loaded(model, 'cuda' if torch.cuda.is_available() else 'cpu')
-    return net, open_at(data or net.experiment.get('data', 'tetrominoes'), split, net.config.image_size), called
+    dataset = open_at(data or net.experiment.get('data', 'tetrominoes'), split, net.config.image_size)
+    check_fits(net, dataset)
+    return net, dataset, called
 
 @command
 def emorl_traverse(

@@ -63,9 +63,10 @@ groups = {'published': ('ari_fg', 'mse', 'nll', 'kl'),
           'disentanglement': ('dci', 'mig', 'sap', 'properties')}
 
 def metric_names(
-    asked, # Names of metrics and groups
+    asked, # Names of metrics and groups, or one of them
 )->tuple:  # Names of metrics, each once
     "What is asked for; an `EmorlError` names the nearest name to one that is unknown."
+    asked = [asked] if isinstance(asked, str) else asked
     known = {n: (n,) for n in (*segmentation_metrics, *of_step, 'kl_layers', 'iwae', *of_dataset)}
     return tuple(dict.fromkeys(n for a in asked for n in lookup(a, known | groups, 'metric')))
 
@@ -120,7 +121,7 @@ def _flat(d, path=''):
     "Nested numbers as (path, number)."
     for k, v in d.items():
         if isinstance(v, dict): yield from _flat(v, f'{path}{k} ')
-        elif isinstance(v, (int, float, np.number)): yield f'{path}{k}', v
+        elif isinstance(v, (int, float, np.number)) or k == 'undefined': yield f'{path}{k}', v
 
 def _as_text(rows):
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
@@ -189,7 +190,7 @@ def _breakdown(objects, words):
     res = {}
     for kind in kinds_of_object:
         if kind not in objects: continue
-        name = lambda c: (['background', *words[kind]] if kind in words else {})[c] if kind in words else str(c)
+        name = ['background', *words[kind]].__getitem__ if kind in words else str
         iou_, mse = (by_category(objects[m], objects[kind]) for m in ('iou', 'mse'))
         res[kind] = {name(c): {'iou': float(v.mean()), 'mse': float(mse[c].mean()), 'num': len(v)} for c, v in iou_.items()}
     return res
@@ -204,21 +205,25 @@ def _columns(factors, wanted):
         res |= {k: v} if v.ndim == 2 else {f'{k}_{i}': v[..., i] for i in range(v.shape[2])}
     return res if wanted is None else {k: lookup(k, res, 'factor') for k in wanted}
 
-def _of_whole(names, parts, words, seed):
+def _of_whole(names, parts, dataset, seed):
     "Metrics of slots, factors and objects of all images together."
     res = {}
-    if 'breakdown' in names: res['breakdown'] = _breakdown(_joined([p['objects'] for p in parts]), words)
+    if 'breakdown' in names: res['breakdown'] = _breakdown(_joined([p['objects'] for p in parts]), getattr(dataset, 'names', {}))
     if not set(names) & set(of_dataset) - {'breakdown'}: return res
     found = [p['slots'] for p in parts]
     codes, images = (np.concatenate([f[i] for f in found]) for i in (0, 2))
     factors = _joined([f[1] for f in found])
-    res['num_objects'] = len(codes)
-    if 'dci' in names: res['dci'] = dci(codes, factors, groups=images, seed=seed).json()
-    if 'dci_published' in names: res['dci_published'] = dci(codes, factors, paper_compatible=True).json()
-    if 'mig' in names: res['mig'] = mig(codes, factors)
-    if 'sap' in names: res['sap'] = sap(codes, factors)
-    if 'properties' in names: res['properties'] = predict_properties(codes, factors, groups=images, seed=seed)
-    return res
+    known = {'dci':           lambda: dci(codes, factors, groups=images, seed=seed).json(),
+             'dci_published': lambda: dci(codes, factors, paper_compatible=True).json(),
+             'mig':           lambda: mig(codes, factors),
+             'sap':           lambda: sap(codes, factors),
+             'properties':    lambda: predict_properties(codes, factors, groups=images, seed=seed)}
+    return res | {'num_objects': len(codes)} | {n: _or_why_not(f) for n, f in known.items() if n in names}
+
+def _or_why_not(score):
+    "A score, or the sentence that says why there is none: what else was measured must not be lost for it."
+    try: return score()
+    except EmorlError as e: return {'undefined': str(e)}
 
 # %% ../nbs/api/50_evaluate.ipynb #a66b80dd
 def _share(batches, shared):
@@ -275,7 +280,7 @@ def evaluate(
     for number, indices in progress(_share(np.split(np.arange(n), range(batch_size, n, batch_size)), shared)):
         parts[number] = _one_batch(model, dataset, judge, indices, names, every_step, factors, seed, iwae_samples, options)
     values, steps, more = zip(*_gather(parts, shared))
-    whole = _of_whole(names, more, getattr(dataset, 'names', {}), seed)
+    whole = _of_whole(names, more, dataset, seed)
     steps = {s: _joined([p[s] for p in steps]) for s in steps[0]}
     return Results(dataset.name, _joined(values), steps, whole, dict(seed=seed, num_slots=k, num_refinements=i, num_layers=c.num_layers, precision=precision))
 
@@ -329,7 +334,7 @@ def save_results(
     write_json(folder/'results.json', {r.data: r.json() for r in results})
     texts = {'ARI.txt': ('ari_fg', '{:.3f},{:.3f}'), 'MSE.txt': ('mse', '{},{}'), 'KL.txt': ('kl', '{},{}')}
     texts = {f: [line.format(np.nanmean(r.values[m]), np.nanstd(r.values[m])) for r in results if m in r.values and not np.isnan(r.values[m]).all()] for f, (m, line) in texts.items()}
-    texts['dci.txt'] = [json.dumps(_plain(r.whole['dci'])) for r in results if 'dci' in r.whole]
+    texts['dci.txt'] = [json.dumps(_plain(r.whole['dci'])) for r in results if 'undefined' not in r.whole.get('dci', {'undefined': ''})]
     for f, lines in texts.items():
         if lines:
             with write_beside(folder/f) as p: p.write_text(''.join(l + '\n' for l in lines))

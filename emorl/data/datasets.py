@@ -111,6 +111,10 @@ class Cropped:
     def image_size(self): return self.dataset.image_size[0], self.size, self.size
     @property
     def num_entities(self): return self.dataset.num_entities
+    @property
+    def names(self)->dict:
+        "Factor -> its words, the first being number 1, where the dataset knows them."
+        return getattr(self.dataset, 'names', {})
     def __len__(self): return len(self.dataset)
     def batch(self, indices)->Scenes:
         "The scenes at `indices`; factors stay those of the whole picture."

@@ -158,6 +158,10 @@ class Subset:
     def image_size(self): return self.dataset.image_size
     @property
     def num_entities(self): return self.dataset.num_entities
+    @property
+    def names(self)->dict:
+        "Factor -> its words, the first being number 1, where the dataset knows them."
+        return getattr(self.dataset, 'names', {})
     def __len__(self): return len(self.indices)
     def batch(self, indices)->Scenes:
         "The scenes at `indices` of the subset."
