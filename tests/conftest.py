@@ -1,8 +1,11 @@
-"What every test shares: one thread, no display, and slow tests that say that they were left out."
-import os
+"What every test shares: one thread, no display, Ctrl-C that works, and slow tests that say that they were left out."
+import os, signal
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+
+# A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

@@ -182,8 +182,8 @@ def test_files_are_handed_over(opened):
         assert d.value.suggested_filename == f'slots-0-I3.{kind.lower()}' and Path(d.value.path()).read_bytes().startswith(head)
 
 def test_ctrl_c_ends_the_server_and_its_kernels(browser):
-    port = free_port() # and the handler: a process started in the background may have been told to ignore Ctrl-C
-    code = f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from emorl.inspect import serve; serve("tetrominoes_cpu", "tetrominoes_real", {port}, open_browser=False)'
+    port = free_port()
+    code = f'from emorl.inspect import serve; serve("tetrominoes_cpu", "tetrominoes_real", {port}, open_browser=False)'
     for p in serving([sys.executable, '-c', code], urlparse(url := f'http://127.0.0.1:{port}/')):
         urlopen(url, timeout=60).read(100)
         os.killpg(p.pid, signal.SIGINT) # what Ctrl-C sends to all of a terminal's foreground

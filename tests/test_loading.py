@@ -260,7 +260,8 @@ def program(made, tmp_path):
         return p
     yield start
     for p in started:
-        p.wait()
+        try: p.wait(30)
+        except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); raise
         try:
             for _ in range(100): os.killpg(p.pid, 0); time.sleep(.1)
         except ProcessLookupError: continue
