@@ -6,7 +6,7 @@
 __all__ = ['presets', 'read_value', 'Experiment', 'override', 'experiment', 'run_experiment']
 
 # %% ../nbs/api/70_presets.ipynb #92342709
-import json, shutil
+import json, os, shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from .models.emorl import EmorlConfig
 from .models.slot_attention import SlotAttentionConfig
 from .models.slot_model import ModelConfig, SlotModel, build_model, make_config
 from .published import published_experiment
+from .runs import lock_run
 from .train import TrainConfig, fit
 
 # %% ../nbs/api/70_presets.ipynb #7ca7e78b
@@ -145,10 +146,12 @@ def run_experiment(
     resume:bool=False,     # Go on with the run that is there
     overwrite:bool=False,  # Replace the run that is there
     progress:bool=True,    # Show a progress bar
+    **options,             # Of `fit`: `until`, `trackers`, `accepted`
 )->tuple[SlotModel, dict]: # The model as trained last, and what `fit` returns
-    "Train an experiment on its dataset, measuring on held-out scenes."
+    "Train an experiment on its dataset, measuring on held-out scenes. Processes that torchrun has restarted go on from the last checkpoint."
     out = Path(out) if out else None
     there = bool(out and (checkpoints(out) or (out/'metrics.jsonl').exists()))
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)): resume, overwrite = bool(out and checkpoints(out)), not (out and checkpoints(out))
     if resume and not there: raise EmorlError(f'There is no run to resume in {out}.')
     if there and not (resume or overwrite): raise EmorlError(f'{out} already holds a run; resume continues it, overwrite replaces it.')
     if e.data not in dataset_names and not Path(e.data).exists() and e.data in {p.data for p in presets.values()}:
@@ -157,7 +160,7 @@ def run_experiment(
     set_seed(e.train.seed)
     model = build_model(e.model)
     if there and overwrite: _clear(out)
-    return model, fit(model, data, e.train, held_out, out, e.to_dict(), resume, progress)
+    return model, fit(model, data, e.train, held_out, out, e.to_dict(), resume, progress, **options)
 
 def _training(data): return 'train' if 'train' in source_splits(data) else source_splits(data)[0]
 
@@ -167,6 +170,7 @@ def _held_out(data, image_size):
     return open_at(data, others[0], image_size) if others else None
 
 def _clear(out):
-    "Remove what a run left, and nothing else."
-    for name in ('checkpoints', 'tb'): shutil.rmtree(out/name, ignore_errors=True)
-    for name in ('metrics.jsonl', 'results.json', 'slots.png'): (out/name).unlink(missing_ok=True)
+    "Remove what a run left, and nothing else; an `EmorlError` if somebody is training there."
+    lock_run(out).close()
+    for name in ('checkpoints', 'tb', 'bad'): shutil.rmtree(out/name, ignore_errors=True)
+    for name in ('config.json', 'metrics.jsonl', 'results.json', 'slots.png'): (out/name).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import EmorlError, Reconstruction
-from .files import write_beside
+from .files import read_lines, write_beside
 from .metrics.segmentation import ari, to_index
 
 # %% ../nbs/api/2B_viz.ipynb #46dad1aa
@@ -318,9 +318,7 @@ def _kinds(ax, xy, values, name):
 def _from_lines(path):
     "Curves of a JSON-lines file."
     curves = {}
-    for text in path.read_text(encoding='utf-8').split('\n')[:-1]:
-        try: line = json.loads(text)
-        except ValueError as e: raise EmorlError(f'{path} holds a line that is no JSON: {text[:60]!r}.') from e
+    for line in read_lines(path):
         for k, v in line.items():
             if k not in ('step', 'seconds'): curves.setdefault(k, []).append((line['step'], v))
     return {k: tuple(np.array(v, np.float64).T) for k, v in curves.items()}

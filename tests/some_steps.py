@@ -23,7 +23,7 @@ def main(out, num_steps, batch, shape):
         scenes = next(data)
         seen.append(torch.from_numpy(scenes.image).double().flatten(1) @ torch.arange(1., 3*35*35 + 1))
         noise = step_noise(0, step, config.batch_size, m.num_draws(), m.num_slots, m.slot_size, rank, world)
-        log, _ = train_step(wrapped, optimizer, scenes.images.double(), step, config, noise, accelerator)
+        log = train_step(wrapped, optimizer, scenes.images.double(), step, config, noise, accelerator)
         lines.append(log | {'gradient': sum((p.grad**2).sum().item() for p in model.parameters() if p.grad is not None)**.5})
     state = {k: v for k, v in model.state_dict().items()}
     torch.save({'lines': lines, 'state': state, 'seen': torch.stack(seen)}, f'{out}-{rank}.pt')

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     return out
 
 def test_train_leaves_a_run(trained):
-    assert {p.name for p in trained.iterdir()} == {'checkpoints', 'metrics.jsonl', 'tb'}
+    assert {p.name for p in trained.iterdir()} == {'checkpoints', 'config.json', 'lock', 'metrics.jsonl', 'tb'}
     assert [c.name for c in checkpoints(trained)] == ['step-00000004', 'step-00000006']
     lines = [json.loads(l) for l in (trained/'metrics.jsonl').read_text().splitlines()]
     assert any('ari_fg' in l for l in lines) and lines[-1]['step'] == 6
