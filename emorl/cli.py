@@ -122,7 +122,7 @@ def emorl_train(
     e = override(experiment(preset), settings)
     if data: e = replace(e, data=data)
     out, how = Path(out or f'runs/{Path(preset).stem}'), dict(resume=resume, overwrite=overwrite, trackers=tuple(trackers or ()))
-    if auto: _, res, chosen = run_with_target(e, out, geco_share, geco_demand, geco_restart, **how)
+    if auto: res, chosen = run_with_target(e, out, geco_share, geco_demand, geco_restart, **how)
     else: _, res = run_experiment(e, out, accepted=('',) if accept_changes else (), **how)
     if not res['main']: sys.exit(0 if res['finished'] else 130)
     if auto and chosen: print(f'GECO: target {chosen.target:.4g} nats per pixel and channel, from {chosen.reached:.4g} reached after {chosen.steps} steps')

@@ -146,7 +146,7 @@ def run_experiment(
     resume:bool=False,     # Go on with the run that is there
     overwrite:bool=False,  # Replace the run that is there
     progress:bool=True,    # Show a progress bar
-    **options,             # Of `fit`: `until`, `trackers`, `accepted`
+    **options,             # Of `fit`: `until`, `trackers`, `before_step`, `accepted`
 )->tuple[SlotModel, dict]: # The model as trained last, and what `fit` returns
     "Train an experiment on its dataset, measuring on held-out scenes. Processes that torchrun has restarted go on from the last checkpoint."
     out = Path(out) if out else None

@@ -9,6 +9,7 @@ __all__ = ['decays', 'best_of', 'TrainConfig', 'learning_rate', 'refinements_at'
 
 # %% ../nbs/api/60_train.ipynb #9fbddfae
 import ctypes, gc, json, math, os, resource, signal, socket, sys, threading, time, warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -396,6 +397,7 @@ def fit(
     progress:bool=True,           # Show a progress bar
     until:int=None,               # Stop after this step, as if interrupted; None: make all of the plan's
     trackers:tuple=(),            # Names of accelerate's trackers, as 'wandb'
+    before_step:Callable=None,    # Called with the `Run` before each step, by every process
     accepted:tuple=(),            # Beginnings of settings in which a resumed run may differ, as 'train.lr'; ('',): all
 )->dict:                          # `step` reached, whether `finished`, whether this is the `main` process, `seconds` of training, last measurements
     "Train; returns early, with a checkpoint, on Ctrl-C or SIGTERM."
@@ -408,7 +410,7 @@ def fit(
         with _Stop() as stop:
             if resume: run.resume(accepted)
             run.prepare(trackers)
-            held = _loop(run, held_out, stop, min(until or config.num_steps, config.num_steps), progress)
+            held = _loop(run, held_out, stop, min(until or config.num_steps, config.num_steps), progress, before_step)
         ends |= {'finished': run.step == config.num_steps, 'step': run.step, 'seconds': run.seconds, **held}
         failed = False
     except RuntimeError as e:
@@ -422,7 +424,7 @@ def _others_gone(e):
     return isinstance(e, torch.distributed.DistError) or any(w in str(e) for w in ('gloo', 'NCCL', 'ncclRemoteError'))
 
 # %% ../nbs/api/60_train.ipynb #260e33f2
-def _loop(run, held_out, stop, until, progress):
+def _loop(run, held_out, stop, until, progress, before_step):
     "Step after step, until the end or a request to stop; what was measured last."
     c, held, data = run.config, {}, iter(run.loader)
     bar = tqdm(total=c.num_steps, initial=run.step, disable=not (progress and run.main), unit='step', dynamic_ncols=True)
@@ -434,6 +436,7 @@ def _loop(run, held_out, stop, until, progress):
             ends = run.agree(stop.asked) or run.step >= until
             if ends or run.step and run.step % c.save_every == 0: run.save()
             if ends: return held
+            if before_step: before_step(run)
             began = time.perf_counter()
             log = _one_step(run, next(data))
             run.seconds += time.perf_counter() - began
