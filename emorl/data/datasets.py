@@ -345,6 +345,12 @@ def _with_objects(scenes, where):
         for s, at in scenes(position): _check_objects(s, where, at); yield s, at
     return walk
 
+@dataclass(frozen=True)
+class _WithObjects(Subset):
+    "A dataset that ends with a sentence at a scene without objects."
+    where:str=''
+    def batch(self, indices): scenes = super().batch(indices); _check_objects(scenes, self.where, np.asarray(indices).reshape(-1)); return scenes
+
 def _resized(scenes, name, size):
     def walk(position):
         for s, at in scenes(position): yield Cropped(InMemory(s, name), size).batch(range(len(s))), at
@@ -372,7 +378,7 @@ def _sources(path, num, max_objects, size):
     title = name.replace('clevr_', f'clevr{max_objects}_') if max_objects else name
     streamed = kind == 'tfrecord' or max_objects is not None
     def source(split):
-        if not streamed: return open_dataset(path, split, size=size)
+        if not streamed: whole = open_dataset(path, split, size=size); return _WithObjects(whole, np.arange(len(whole)), f'{path}, {split}')
         walk = _with_objects(_walk(path, split), f'{path}, {split}')
         if max_objects is not None: walk = _kept(walk, max_objects, path)
         return walk if size is None else _resized(walk, name, size)

@@ -6,6 +6,7 @@
 __all__ = ['folder_splits', 'split_folder', 'ImageFolder']
 
 # %% ../../nbs/api/2E_folders.ipynb #5ca58322
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,11 @@ class ImageFolder:
         image = np.stack([check_size(read_picture(self.files[i], self.image_size[0]), self.image_size, self.files[i]) for i in idx])
         scenes = self._with_masks(image, idx) if self.num_entities else Scenes(image)
         return scenes[:0] if none else scenes
+    def images_only(self)->'ImageFolder':
+        "The same without masks, which are then not even read."
+        res = copy(self)
+        res.masks, res.num_entities = [None]*len(self.files), 0
+        return res
     def _with_masks(self, image, idx):
         mask = np.stack([check_size(read_index(self.masks[i]), self.image_size[1:], self.masks[i]) for i in idx])
         seen = (mask[:, None] == np.arange(self.num_entities, dtype=np.uint8)[:, None, None]).any((2, 3))

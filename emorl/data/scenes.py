@@ -77,13 +77,16 @@ def index_map(
     where:str='mask',    # What these are, for the error
     first:int=0,         # Number of the first of them, for the error
 )->UInt8[np.ndarray, 'n h w']:
-    "Which entity is seen at each pixel; an `EmorlError` if the masks are no partition."
+    "Which entity is seen at each pixel; an `EmorlError` if the masks are no partition, or one of them has more than one value beside 0."
     masks = np.asarray(masks)
     n, k, h, w = masks.shape
     if k > 255: raise EmorlError(f'{where} {first}: an index map of bytes holds at most 255 entities, not {k}.')
     owners, index = np.zeros((n, h, w), np.uint8), np.zeros((n, h, w), np.uint8)
     for i in range(k):
-        seen = (masks[:, i] != 0).view(np.uint8)
+        seen, tops = (masks[:, i] != 0).view(np.uint8), masks[:, i].max((1, 2), initial=0)
+        if (bad := np.flatnonzero((seen.astype(bool) & (masks[:, i] != tops[:, None, None])).any((1, 2)))).size:
+            soft = masks[bad[0], i][(masks[bad[0], i] != 0) & (masks[bad[0], i] != tops[bad[0]])][0]
+            raise EmorlError(f'{where} {first + bad[0]}: the mask of entity {i} is soft; it holds {soft} beside 0 and {tops[bad[0]]}, where 0 and one other value are expected.')
         owners += seen; index += seen*np.uint8(i)
     if (bad := np.flatnonzero((owners != 1).any((1, 2)))).size:
         m, (y, x) = bad[0], np.argwhere(owners[bad[0]] != 1)[0]
