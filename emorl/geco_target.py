@@ -10,10 +10,10 @@ import math, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from matplotlib.figure import Figure
 
 from .checkpoint import checkpoints
 from .core import EmorlError
@@ -57,14 +57,15 @@ def propose_target(
 def show_target(
     steps:np.ndarray, nll:np.ndarray, # As `propose_target` had them
     chosen:GecoTarget,
-)->plt.Figure:
+)->Figure:
     "The curve that a target was read from."
-    fig, ax = plt.subplots(figsize=(5, 2.4), layout='constrained')
+    fig = Figure(figsize=(5, 2.4), layout='constrained')
+    ax = fig.subplots()
     ax.plot(steps, excess(np.asarray(nll, float), chosen.std), color='#0072B2', lw=.8, label='watched')
     ax.axvspan(.8*chosen.steps, chosen.steps, color='#999999', alpha=.2, lw=0)
     for y, text, style in ((chosen.reached, 'reached', ':'), (chosen.target, 'target', '-')):
         ax.axhline(excess(y, chosen.std), color='#D55E00', ls=style, lw=1)
-        ax.annotate(f'{text}: {y:.3f}', (0, excess(y, chosen.std)), xytext=(3, 2), textcoords='offset points', fontsize=8, color='#D55E00')
+        ax.text(1.01, excess(y, chosen.std), f'{text}: {y:.3f}', transform=ax.get_yaxis_transform(), va='center', fontsize=8, color='#D55E00')
     ax.set(xlabel='step', ylabel='nats above a perfect picture,\nper pixel and channel', yscale='log')
     return fig
 
