@@ -176,13 +176,13 @@ def _slots_of_objects(model, images, mask, factors, step, indices):
     return codes, {k: v[image, obj] for k, v in factors.items()}, np.asarray(indices)[image]
 
 # %% ../nbs/api/50_evaluate.ipynb #307fcaab
-kinds_of_object = ('material', 'shape', 'size')
+kinds_of_object = ('material', 'shape', 'size', 'ground_material')
 
 def _by_object(images, mask, factors, step, k):
     "Overlap and squared error of every entity, and its kinds, [b k] each."
     error = (images - step.recon.image).square().sum(1)
     if mask.shape[1:] != images.shape[2:]: raise EmorlError('A breakdown by kind wants masks of the size of the images.')
-    known = {n: factors[n].astype(np.int64) for n in kinds_of_object if n in factors}
+    known = {n: np.asarray(factors[n], np.float64).round(3) for n in kinds_of_object if n in factors}
     return {'iou': object_ious(mask, step.recon.masks, k)['matched'], 'mse': object_sum(error, mask, k)} | known
 
 def _breakdown(objects, words):
@@ -190,7 +190,7 @@ def _breakdown(objects, words):
     res = {}
     for kind in kinds_of_object:
         if kind not in objects: continue
-        name = ['background', *words[kind]].__getitem__ if kind in words else str
+        name = lambda c: (['objects' if kind == 'ground_material' else 'background', *words[kind]][int(c)] if kind in words else f'{c:g}')
         iou_, mse = (by_category(objects[m], objects[kind]) for m in ('iou', 'mse'))
         res[kind] = {name(c): {'iou': float(v.mean()), 'mse': float(mse[c].mean()), 'num': len(v)} for c, v in iou_.items()}
     return res

@@ -42,7 +42,7 @@ def _share(items, split, variant):
     return items if variant == 'outd' else items[a:b]
 
 # %% ../../nbs/api/2A_clevrtex.ipynb #33cdcbbd
-_fields = ('material', 'shape', 'size', 'rotation')
+_fields, _ground = ('material', 'shape', 'size', 'rotation'), 'ground_material'
 
 class ClevrTex:
     "One split of a variant of ClevrTex."
@@ -69,8 +69,9 @@ class ClevrTex:
         "Factor -> its words, the first being number 1; only of factors that are words."
         words = {}
         for p in self._all:
-            for o in _objects(p) or ():
-                for k in _fields:
+            said = _said(p) or {'objects': ()}
+            for o in (*said['objects'], said):
+                for k in (*_fields, _ground):
                     if isinstance(o.get(k), str): words.setdefault(k, set()).add(o[k])
         return {k: sorted(v) for k, v in words.items()}
     def batch(self, indices)->Scenes:
@@ -83,20 +84,22 @@ class ClevrTex:
         return Scenes(stack(image, self.image_size), stack(mask, self.image_size[1:]), {k: np.stack([r[k] for r in rows]) for k in (rows[0] if rows else ())})
     def _row(self, path, mask):
         "Factors of a scene [11]; an object that is listed or seen exists."
-        objects = _objects(path)
+        said = _said(path)
+        objects = said and said['objects']
         if mask.max() > 10: raise EmorlError(f'{_flat(path)}: the mask of ClevrTex names entities 0 to 10; this one names {mask.max()}.')
         visibility = np.isin(np.arange(11), np.r_[0, np.unique(mask), 1:len(objects or ()) + 1]).astype(np.float32)
-        return self._codes(objects, path) | dict(visibility=visibility) if self._has_json else dict(visibility=visibility)
+        return self._codes(said, path) | dict(visibility=visibility) if self._has_json else dict(visibility=visibility)
     @cached_property
     def _has_json(self): return self._all[0].with_suffix('.json').exists()
-    def _codes(self, objects, path):
+    def _codes(self, said, path):
         "What the JSON file of a scene says, in numbers."
-        if objects is None: raise EmorlError(f'There is no file {path.with_suffix(".json")}, though others have one.')
-        if len(objects) > 10: raise EmorlError(f'{path.with_suffix(".json")} lists {len(objects)} objects; ClevrTex has at most 10.')
+        if said is None: raise EmorlError(f'There is no file {path.with_suffix(".json")}, though others have one.')
+        if len(objects := said['objects']) > 10: raise EmorlError(f'{path.with_suffix(".json")} lists {len(objects)} objects; ClevrTex has at most 10.')
         res = {k: np.zeros(11, np.float32) for k in _fields}
+        code = lambda o, k: self.names[k].index(o[k]) + 1 if isinstance(o.get(k), str) else _number(o.get(k, 0), k, path)
         for i, o in enumerate(objects, 1):
-            for k in _fields: res[k][i] = self.names[k].index(o[k]) + 1 if isinstance(o.get(k), str) else _number(o.get(k, 0), k, path)
-        return res
+            for k in _fields: res[k][i] = code(o, k)
+        return res | {_ground: np.float32([code(said, _ground), *[0]*10])}
 
 # %% ../../nbs/api/2A_clevrtex.ipynb #cc8f9695
 def _flat(path): return path.with_name(path.stem + '_flat.png')
@@ -105,11 +108,11 @@ def _number(x, name, path):
     if isinstance(x, (int, float)): return x
     raise EmorlError(f'{path.with_suffix(".json")}: {name} is a number or a word, not {x!r}.')
 
-def _objects(path):
-    "Objects in the JSON file beside a picture, or None if there is no such file."
+def _said(path):
+    "What the JSON file beside a picture says, its list of objects above all; None if there is no such file."
     file = path.with_suffix('.json')
     if not file.exists(): return None
     said = read_json(file)
     objects = said.get('objects') if isinstance(said, dict) else None
     if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects): raise EmorlError(f'{file} has no list of objects.')
-    return objects
+    return said

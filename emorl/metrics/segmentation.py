@@ -166,9 +166,11 @@ _families = {
     'dice': ('sum of the paired DICE, 2 IoU/(1 + IoU), over the number of pairs, superfluous slots included', _dice)}
 _sides = (('_fg', 1, 'without background'), ('', 0, 'with background'))
 _scores = {n + end: partial(f, first=first) for n, (_, f) in _families.items() for end, first, _ in _sides} | {'count_acc': _count}
+_scores['ari_fg_published'] = lambda s: np.nan_to_num(_scores['ari_fg'](s))
 
 segmentation_metrics = {n + end: f'{means}; {where}' for n, (means, _) in _families.items() for end, _, where in _sides}
 segmentation_metrics['count_acc'] = '1 if as many slots are in use as true segments are seen, background included; else 0'
+segmentation_metrics['ari_fg_published'] = 'ari_fg, but 0 where no foreground is seen, as the published evaluation counts such an image'
 
 clevrtex_names = {
     'ARI_FG': 'ari_fg', 'ARI': 'ari', 'mIoU': 'miou_pairs', 'mIoU_fg': 'miou_pairs_fg', 'mIoU_gt': 'miou', 'DICE': 'dice', 'DICE_FG': 'dice_fg', 'acc': 'count_acc'}
