@@ -11,7 +11,7 @@ READY := .venv/ready-$(shell (cat settings.ini setup.py tools/constraints.txt; e
 TORCH = $(shell sed -n 's/^requirements.*[ =]\(torch[<>=][^ ]*\).*/\1/p' settings.ini)
 MODERN := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 
-.PHONY: help env demo test test-slow notebooks readme
+.PHONY: help env demo test test-slow notebooks readme docs
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -41,6 +41,10 @@ notebooks: $(READY) ## export, run all pages in place (or NB="nbs/api/00_core.ip
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
+docs: $(READY) ## the book, from the notebooks as they stand, into _docs; every link is followed, every page opened in Chromium
+	@echo "== build into _docs"; rm -rf _docs; $(BIN)/python -m sphinx -q -W --keep-going -E -d _proc/doctrees -c docs nbs _docs
+	@echo "== look at every page"; $(BIN)/python tools/check_docs.py
+
 env: $(READY) ## only the environment
 
 $(READY):
@@ -51,5 +55,5 @@ $(READY):
 	@echo "== install emorl and what it needs into .venv (some minutes, 2 GB; the next call reuses it)"
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install -qq --index-url '$(TORCH_INDEX)' '$(TORCH)' && echo '$(TORCH_INDEX)' >.venv/torch-index)
-	@$(BIN)/python -m pip install -qq $(if $(TORCH_INDEX),,-c tools/constraints.txt) -e '.[dev]'
+	@$(BIN)/python -m pip install -qq $(if $(TORCH_INDEX),,-c tools/constraints.txt) -e '.[dev,docs]'
 	@rm -f .venv/ready-*; touch $@

@@ -22,6 +22,6 @@ setup(
                  *(f'Programming Language :: Python :: {v}' for v in ('3', '3.10', '3.11', '3.12', '3.13'))],
     packages=find_packages(include=['emorl', 'emorl.*']), include_package_data=True, zip_safe=False,
     python_requires='>=' + cfg['min_python'], install_requires=shlex.split(cfg['requirements']),
-    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'blender', 'inspect')},
+    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('dev', 'blender', 'inspect', 'docs')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

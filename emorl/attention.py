@@ -25,7 +25,7 @@ def slot_attention(
 
 # %% ../nbs/api/22_attention.ipynb #57311aa1
 class BottomUp(nn.Module):
-    "Hierarchical posterior over slots: L stochastic layers of slot attention (paper section 3.2)."
+    "Hierarchical posterior over slots: L stochastic layers of slot attention (paper section 3.1)."
     def __init__(self,
         features:int,         # Width of the encoder's features
         slot_size:int,        # Latents per slot, D

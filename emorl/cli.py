@@ -332,7 +332,7 @@ def emorl_encode(
 # %% ../nbs/api/90_cli.ipynb #44249e9f
 @command
 def emorl_inspect(
-    model:str='tetrominoes_cpu', # A run, a checkpoint, or a shipped model
+    model:Param('A run, a checkpoint, or a shipped model (default: tetrominoes_cpu)', str, opt=False, nargs='?')='tetrominoes_cpu',
     data:str=None,         # A dataset: its name, or a file (default: what the model was trained on)
     split:str='test',      # Which part of the dataset
     port:int=0,            # Where to listen on this machine (default: any free port)

@@ -47,7 +47,7 @@ def conv_grid(
 
 # %% ../nbs/api/21_decoder.ipynb #6096c34b
 class BroadcastDecoder(nn.Module):
-    "Spatial broadcast decoder at full resolution (IODINE appendix B; EfficientMORL appendix B)."
+    "Spatial broadcast decoder at full resolution (IODINE appendix B; EfficientMORL appendix F)."
     def __init__(self,
         slot_size:int,              # Latents per slot, D
         widths:tuple=(32, 32, 32),  # Channels of each hidden convolution

@@ -17,7 +17,7 @@ def slot_kl(
     posterior:SlotGaussian,         # q
     prior:SlotGaussian|None=None,   # p; None is N(0,1)
 )->Float[Tensor, 'b']:              # Nats per image, summed over slots and latents
-    "KL(q||p) of two sets of slots (paper eq. 3)."
+    "KL(q||p) of two sets of slots (paper eq. 4)."
     var = posterior.std**2
     if prior is None: kl = (var + posterior.loc**2 - 1 - var.log())/2
     else: kl = (prior.std/posterior.std).log() + (var + (posterior.loc - prior.loc)**2)/(2*prior.std**2) - .5

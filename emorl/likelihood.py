@@ -25,7 +25,7 @@ def gaussian_nll(
     recon:Reconstruction,           # Per-slot colour and masks
     std:float,                      # Shared pixel noise
 )->Float[Tensor, 'b']:              # Nats per image, constant dropped
-    "Negative log-likelihood of `image` under the composed mean (paper eq. 3)."
+    "Negative log-likelihood of `image` under the composed mean (paper eq. 12)."
     _same_size(image, recon)
     nll = math.log(std) + ((image - recon.image)/std)**2/2
     return nll.flatten(1).sum(1)

@@ -16,7 +16,7 @@ from .layers import xavier_
 
 # %% ../nbs/api/23_prior.ipynb #f8e3f6b2
 class ConditionalPrior(nn.Module):
-    "p(z | slot of another layer): a perceptron with two heads (paper appendix B)."
+    "p(z | slot of another layer): a perceptron with two heads (paper appendix F)."
     def __init__(self,
         slot_size:int,     # Latents per slot, D
         gain:float=.02,    # Xavier gain

@@ -16,7 +16,7 @@ from .layers import mlp, xavier_
 
 # %% ../nbs/api/24_refinement.ipynb #a548af07
 class Refiner(nn.Module):
-    "Refinement network: posterior and gradient in, moved posterior out (paper eq. 6; appendix B)."
+    "Refinement network: posterior and gradient in, moved posterior out (paper eq. 6; appendix F)."
     def __init__(self,
         slot_size:int,     # Latents per slot, D
         gain:float=.02,    # Xavier gain of the linear layers

@@ -68,7 +68,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         self._freeze_unused()
 
     def training_loss(self, steps:list[Step], objective=None)->Float[Tensor, '']:
-        "Weighted sum of the objective over the estimates (paper eq. 7, weights as published)."
+        "Weighted sum of the objective over the estimates (paper eq. 8, weights as published)."
         objective = objective or self.objective
         return sum(w*objective(s.nll, s.kl) for w, s in zip(step_weights(len(steps) - 1), steps))
 

@@ -128,7 +128,7 @@ Model: {{ paper_url }}. Code: {{ repo_url }}. The weights are `model.safetensors
 
 # %% ../../nbs/api/2C_slot_model.ipynb #a5089311
 class SlotModel(nn.Module, PyTorchModelHubMixin, library_name='emorl', license='mit', tags=['object-centric-learning', 'unsupervised-segmentation'],
-                repo_url='https://github.com/emorl/emorl', paper_url='https://arxiv.org/abs/2106.03849', model_card_template=_card):
+                repo_url='https://github.com/emorl/emorl', paper_url='https://arxiv.org/abs/2106.03630', model_card_template=_card):
     "A model that explains images by slots. It has `config`, `encoder`, `decoder`, `likelihood` and `objective`."
     kinds = {}          # Kind -> class
     experiment = None   # What its checkpoint says it is, as plain values
