@@ -7,6 +7,7 @@ __all__ = ['shipped', 'Checkpoint', 'save_checkpoint', 'load_checkpoint', 'check
            'import_published', 'export_published']
 
 # %% ../nbs/api/40_checkpoint.ipynb #8e21511f
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,9 @@ def save_checkpoint(
     "Write a checkpoint folder, whole or not at all."
     with sealed(path) as folder:
         write_model(folder, config, model)
-        if training is not None: torch.save(training, folder/'training.pt')
+        if training is None: return Path(path)
+        torch.save(training, whole := io.BytesIO())
+        (folder/'training.pt').write_bytes(whole.getbuffer()) # In one piece: what a full disk says is then an OSError
     return Path(path)
 
 def load_checkpoint(

@@ -7,6 +7,7 @@ __all__ = ['is_alive', 'lock_run', 'keep_lines', 'mark_best', 'prune', 'RunSumma
 
 # %% ../nbs/api/53_runs.ipynb #99c1b9dc
 import fcntl, json, os, shutil, socket, time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from .files import append_line, read_json, read_lines, write_beside
 
 # %% ../nbs/api/53_runs.ipynb #e7c23430
 def _locked(file):
-    "Whether somebody else holds the lock of an open file; takes it for a moment if not."
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    "Whether somebody trains under the lock of an open file; if not, holds it for a moment, together with others who look."
+    try: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError: return True
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
@@ -35,8 +36,10 @@ def lock_run(
 ):                # An open file: the lock lasts until it is closed
     "Become the one who trains there; an `EmorlError` says who does so already."
     f = open(Path(out)/'lock', 'a+')
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for wait in (.02,)*50 + (0,): # Whoever only looks, holds it for a moment
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+        except BlockingIOError: time.sleep(wait)
+    else:
         f.seek(0); who = f.read().strip(); f.close()
         raise EmorlError(f'Another training is writing to {out}: {who or "unknown"}.') from None
     f.truncate(0); f.write(f'process {os.getpid()} on {socket.gethostname()}\n'); f.flush()
@@ -45,10 +48,10 @@ def lock_run(
 # %% ../nbs/api/53_runs.ipynb #26a2eb01
 def keep_lines(
     path:str|Path,
-    step:int,      # The last whose lines stay
+    keep:Callable, # Line to whether it stays
 ):
-    "Drop the lines of a JSON-lines file that a resumed run will write again."
-    lines = [l for l in read_lines(path) if l['step'] <= step]
+    "Drop the lines of a JSON-lines file that a resumed run will write again, and what is no whole line."
+    lines = [l for l in read_lines(path) if keep(l)]
     if Path(path).exists():
         with write_beside(path) as f: f.write_text(''.join(json.dumps(l) + '\n' for l in lines), encoding='utf-8')
 
@@ -108,5 +111,8 @@ def find_runs(
     "All runs in a folder and below it, by path; an `EmorlError` if there is no such folder."
     root = Path(root)
     if not root.is_dir(): raise EmorlError(f'There is no folder {root}.')
-    found = {p.parent for p in root.rglob('metrics.jsonl')} | {p.parent for p in root.rglob('checkpoints') if checkpoints(p.parent)}
+    found = []
+    for folder, below, files in os.walk(root): # Checkpoints of a living run come and go meanwhile
+        if 'metrics.jsonl' in files or checkpoints(folder): found.append(Path(folder))
+        below[:] = [b for b in below if b not in ('checkpoints', 'tb', 'bad')]
     return [summarize_run(p) for p in sorted(found)]

@@ -258,7 +258,7 @@ class Run:
         self.rank, self.world, self.main = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_main_process
         self.writes = self.main and self.out is not None
         self.config, self.record = config, json.loads(json.dumps((record or {'model': asdict(model.config)}) | {'train': asdict(config)}))
-        self.model, self.step, self.seconds, self.skipped, self.measured, self.best, self.saved, self.told = model, 0, 0., 0, 0, None, None, (0, 0.)
+        self.model, self.step, self.seconds, self.skipped, self.measured, self.best, self.best_step, self.saved, self.told = model, 0, 0., 0, 0, None, None, None, (0, 0.)
         self.loader = Loader(images_only(dataset), config.batch_size, config.seed, self.rank, self.world, workers=config.workers)
         self.average = self.writer = self.lock = None
         self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.lr)
@@ -278,17 +278,22 @@ class Run:
     def state(self)->tuple[dict, dict]:
         "The model to use, and all that the run needs to go on from here."
         weights = {k: v.detach().cpu() for k, v in self.model.state_dict().items()}
-        keep = {k: getattr(self, k) for k in ('step', 'seconds', 'skipped', 'measured', 'best')}
+        keep = {k: getattr(self, k) for k in ('step', 'seconds', 'skipped', 'measured', 'best', 'best_step')}
         training = keep | {'optimizer': self.optimizer.state_dict(), 'loader': self.loader.state_dict() | {'step': self.step}}
         return (self.average.state, training | {'weights': weights}) if self.average else (weights, training)
 
-    def save(self, best:bool=False):
+    def save(self):
         "Write a checkpoint of this moment, if there is none, and drop the oldest."
         if not self.writes or self.saved == self.step: return
-        path = save_checkpoint(self.out/f'checkpoints/step-{self.step:08}', self.record, *self.state())
-        if best: mark_best(path)
-        prune(self.out, self.config.keep)
+        save_checkpoint(self.out/f'checkpoints/step-{self.step:08}', self.record, *self.state())
         self.saved = self.step
+        self.tidy()
+
+    def tidy(self):
+        "Let `best` mean the best checkpoint, and drop the oldest; a killed run may have come no further than to write one."
+        best = self.out/f'checkpoints/step-{self.best_step or 0:08}'
+        if best.is_dir(): mark_best(best)
+        prune(self.out, self.config.keep)
 
     def save_bad(self, images:Float[Tensor, 'b c h w'], log:dict):
         "Write the state and the whole batch of a step that was skipped; its noise is a function of seed and step."
@@ -307,10 +312,10 @@ class Run:
             self.optimizer.load_state_dict(c.training['optimizer'])
         except (RuntimeError, ValueError) as e: raise EmorlError(f'{c.path} cannot go on as another model: {"; ".join(differ)}.') from e
         if self.config.average: self.average = Average(self.model, self.config.average); self.average.state = dict(c.model)
-        for k in ('step', 'seconds', 'skipped', 'measured', 'best'): setattr(self, k, c.training.get(k, getattr(self, k)))
+        for k in ('step', 'seconds', 'skipped', 'measured', 'best', 'best_step'): setattr(self, k, c.training.get(k, self.step if k == 'measured' else getattr(self, k)))
         if 'loader' in c.training and '' not in accepted: self.loader.load_state_dict(c.training['loader'])
         self.loader.step, self.told, self.saved = self.step, (self.step, self.seconds), self.step
-        if self.writes: keep_lines(self.out/'metrics.jsonl', self.step)
+        if self.writes: keep_lines(self.out/'metrics.jsonl', lambda l: l['step'] <= (self.step if 'lr' in l else min(self.step, self.measured))); self.tidy()
 
     def log(self, scalars:dict, tag:str='train'):
         "Append scalars of this step to `metrics.jsonl`, TensorBoard and trackers."
@@ -336,7 +341,7 @@ class Run:
         if self.writer: self.writer.add_image('slots', picture, self.step)
         self.log(res, 'held_out')
         score = res[self.config.best]*best_of[self.config.best] if self.config.best in res else None
-        if score is not None and (self.best is None or score > self.best): self.best, self.saved = score, None; self.save(best=True)
+        if score is not None and (self.best is None or score > self.best): self.best, self.best_step, self.saved = score, self.step, None; self.save()
         return res
 
     def agree(self, stop:bool)->bool:

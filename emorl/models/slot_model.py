@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..core import EmorlError, Reconstruction, SlotGaussian, Step, lookup
@@ -86,7 +86,7 @@ def write_model(
     state:Mapping,          # `state_dict`
 ):
     "Put a model's files into a folder."
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/'model.safetensors')
+    (folder/'model.safetensors').write_bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()})) # In one piece: what a full disk says is then an OSError
     (folder/'model.safetensors').chmod(0o644) # safetensors makes it readable by its owner only
     (folder/'config.json').write_text(json.dumps(config, indent=1) + '\n')
 
