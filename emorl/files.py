@@ -79,11 +79,11 @@ def read_lines(
 )->list[dict]:
     "The objects of all whole lines; an `EmorlError` names one that is not JSON."
     path = Path(path)
-    *whole, _ = path.read_text(encoding='utf-8').split('\n') if path.exists() else ['']
+    *whole, _ = path.read_bytes().split(b'\n') if path.exists() else [b'']
     res = []
     for line in whole:
         try: res.append(json.loads(line))
-        except json.JSONDecodeError as e: raise EmorlError(f'Line {len(res) + 1} of {path} is not JSON: {line[:60]!r}.') from e
+        except ValueError as e: raise EmorlError(f'Line {len(res) + 1} of {path} is not JSON: {line[:60].decode(errors="replace")!r}.') from e
     return res
 
 # %% ../nbs/api/18_files.ipynb #a7e7c8a8

@@ -19,7 +19,7 @@ from .checkpoint import checkpoints
 from .core import EmorlError
 from .files import read_json, write_json
 from .presets import Experiment, run_experiment
-from .runs import is_alive
+from .runs import is_alive, restarted
 from .viz import read_curves, save_figure
 
 # %% ../nbs/api/81_geco_target.ipynb #6c1a4346
@@ -89,7 +89,7 @@ def _set_when_watched(watched, demand):
         target = torch.tensor(_write(run.out, c, demand).target if run.main else 0., device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
         target = broadcast(target).item()
         run.model.config = _with_target(c, target)
-        run.model.objective.constraint = target*3*math.prod(c.image_size)
+        run.model.objective.constraint = target*(3*math.prod(c.image_size))
         run.record['model']['geco_target'] = target
         if run.writes: write_json(run.out/'config.json', run.record)
     return before_step
@@ -102,6 +102,7 @@ def run_with_target(
     restart:bool=False,    # Begin again once the target is known, after a watch in `out/watch`; else go on
     resume:bool=False,     # Go on with the run that is there
     overwrite:bool=False,  # Replace the run that is there
+    accepted:tuple=(),     # Settings in which a resumed run may differ, see `fit`
     **options,             # Of `run_experiment`
 )->tuple[dict, GecoTarget|None]: # What `fit` returns, and the target, if it is known by now
     "Train an experiment with a target of GECO that is chosen on the way. Several processes that shall begin again stop after the watch."
@@ -110,17 +111,17 @@ def run_with_target(
     if not 0 < share < 1: raise EmorlError(f'The part of the steps to watch lies between 0 and 1; got {share}.')
     if watched < 5*e.train.log_every: raise EmorlError(f'To watch {watched} steps and log every {e.train.log_every} is too little to read a target from; 5 logged steps are wanted.')
     where = out/'watch' if restart else out
-    if overwrite and not (resume or is_alive(out)): (where/'geco_target.json').unlink(missing_ok=True)
+    if overwrite and not (resume or restarted(out) or is_alive(out)): (where/'geco_target.json').unlink(missing_ok=True)
     known = lambda: GecoTarget(**read_json(where/'geco_target.json')) if (where/'geco_target.json').exists() else None
     watch = replace(e, model=replace(e.model, geco_target=known().target if known() else 0., geco_options=e.model.geco_options | {'start': watched}))
     if not restart:
-        _, res = run_experiment(watch, out, resume, overwrite, accepted=('model.geco_target',), before_step=None if known() else _set_when_watched(watched, demand), **options)
+        _, res = run_experiment(watch, out, resume, overwrite, accepted=('model.geco_target', *accepted), before_step=None if known() else _set_when_watched(watched, demand), **options)
         return res, known()
     if checkpoints(out) and not (resume or overwrite): raise EmorlError(f'{out} already holds a run; resume continues it, overwrite replaces it.')
     if not known():
-        _, res = run_experiment(watch, where, bool(checkpoints(where)) and resume, overwrite, until=watched, **options)
+        _, res = run_experiment(watch, where, bool(checkpoints(where)) and resume, overwrite, until=watched, accepted=accepted, **options)
         if res['step'] < watched: return res, None
         if res['main']: _write(where, e.model, demand)
         if int(os.environ.get('WORLD_SIZE', 1)) > 1: return res, known()
-    _, res = run_experiment(replace(e, model=_with_target(e.model, known().target)), out, bool(checkpoints(out)) and resume, overwrite, **options)
+    _, res = run_experiment(replace(e, model=_with_target(e.model, known().target)), out, bool(checkpoints(out)) and resume, overwrite, accepted=accepted, **options)
     return res, known()

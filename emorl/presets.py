@@ -6,7 +6,7 @@
 __all__ = ['presets', 'read_value', 'Experiment', 'override', 'experiment', 'run_experiment']
 
 # %% ../nbs/api/70_presets.ipynb #92342709
-import json, os, shutil
+import json, shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .models.emorl import EmorlConfig
 from .models.slot_attention import SlotAttentionConfig
 from .models.slot_model import ModelConfig, SlotModel, build_model, make_config
 from .published import published_experiment
-from .runs import lock_run
+from .runs import lock_run, restarted
 from .train import TrainConfig, fit
 
 # %% ../nbs/api/70_presets.ipynb #7ca7e78b
@@ -151,7 +151,7 @@ def run_experiment(
     "Train an experiment on its dataset, measuring on held-out scenes. Processes that torchrun has restarted go on from the last checkpoint."
     out = Path(out) if out else None
     there = bool(out and (checkpoints(out) or (out/'metrics.jsonl').exists()))
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)): resume, overwrite = bool(out and checkpoints(out)), not (out and checkpoints(out))
+    if out and restarted(out): resume, overwrite = bool(checkpoints(out)), not checkpoints(out)
     if resume and not there: raise EmorlError(f'There is no run to resume in {out}.')
     if there and not (resume or overwrite): raise EmorlError(f'{out} already holds a run; resume continues it, overwrite replaces it.')
     if e.data not in dataset_names and not Path(e.data).exists() and e.data in {p.data for p in presets.values()}:

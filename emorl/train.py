@@ -293,7 +293,7 @@ class Run:
         "Let `best` mean the best checkpoint, and drop the oldest; a killed run may have come no further than to write one."
         best = self.out/f'checkpoints/step-{self.best_step or 0:08}'
         if best.is_dir(): mark_best(best)
-        prune(self.out, self.config.keep)
+        prune(self.out, self.config.keep, self.step)
 
     def save_bad(self, images:Float[Tensor, 'b c h w'], log:dict):
         "Write the state and the whole batch of a step that was skipped; its noise is a function of seed and step."
@@ -387,8 +387,10 @@ def check_plan(model:SlotModel, dataset:SceneDataset, config:TrainConfig):
     check_fits(model, dataset)
     for _, i in config.refinements: model.config.num_draws(config.layers, i)
     for value, table, what in ((config.precision, precisions, 'precision'), (config.decay, decays, 'decay'), (config.best, best_of, 'measurement of the best')): lookup(value, table, what)
+    least = dict(num_steps=0, batch_size=1, log_every=1, eval_every=1, eval_images=1, save_every=1, keep=1, max_skips=0, accumulate=1)
+    if low := [k for k, v in least.items() if getattr(config, k) < v]: raise EmorlError(f'{low[0]} is at least {least[low[0]]}; got {getattr(config, low[0])}.')
     world = int(os.environ.get('WORLD_SIZE', 1))
-    if config.accumulate < 1 or config.batch_size % (world*config.accumulate):
+    if config.batch_size % (world*config.accumulate):
         raise EmorlError(f'A batch of {config.batch_size} cannot be shared evenly by {world} processes in {config.accumulate} parts each.')
 
 def fit(
@@ -416,7 +418,7 @@ def fit(
             if resume: run.resume(accepted)
             run.prepare(trackers)
             held = _loop(run, held_out, stop, min(until or config.num_steps, config.num_steps), progress, before_step)
-        ends |= {'finished': run.step == config.num_steps, 'step': run.step, 'seconds': run.seconds, **held}
+        ends |= {'finished': run.step >= config.num_steps, 'step': run.step, 'seconds': run.seconds, **held}
         failed = False
     except RuntimeError as e:
         if run.world == 1 or not _others_gone(e): raise

@@ -1,4 +1,4 @@
-"Train some steps in float64 and write down everything: `[torchrun ...] some_steps.py OUT STEPS BATCH MODEL_JSON`. Run by test_processes.py."
+"Train some steps in float64 and write down everything: `[torchrun ...] some_steps.py OUT STEPS BATCH MODEL_JSON [PARTS]`. Run by test_processes.py."
 import json, sys
 import torch
 
@@ -10,12 +10,12 @@ from emorl.train import TrainConfig, make_accelerator, step_noise, train_step
 
 small = dict(slot_size=8, encoder=dict(widths=[8, 8], kernels=[5, 3], strides=[2, 2]), decoder_options=dict(widths=[8], kernels=[3, 3], paddings=[1, 1]), gain=1.)
 
-def main(out, num_steps, batch, shape):
+def main(out, num_steps, batch, shape, parts=1):
     torch.set_default_dtype(torch.float64); torch.set_num_threads(1); set_seed(0)
     accelerator = make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     model = build_model(small | json.loads(shape))
-    m, config = model.config, TrainConfig(num_steps=int(num_steps), batch_size=int(batch), warmup=2, lr=1e-3, refinements=((0, model.config.num_refinements),))
+    m, config = model.config, TrainConfig(num_steps=int(num_steps), batch_size=int(batch), accumulate=int(parts), warmup=2, lr=1e-3, refinements=((0, model.config.num_refinements),))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], config.lr)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     data, lines, seen = batches(Tetrominoes(40), config.batch_size, 0, 0, rank, world), [], []

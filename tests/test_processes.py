@@ -7,10 +7,10 @@ import pytest, torch
 bin, here = Path(sys.executable).parent, Path(__file__).parent
 env = {k: v for k, v in os.environ.items() if not k.startswith('ACCELERATE')} | {'OMP_NUM_THREADS': '1'}
 
-def steps(out, world, shape, num_steps, batch=4):
+def steps(out, world, shape, num_steps, batch=4, parts=1):
     "What every process wrote down."
     start = [bin/'torchrun', '--standalone', '--nproc-per-node', world] if world > 1 else [sys.executable]
-    p = subprocess.run(list(map(str, [*start, here/'some_steps.py', out, num_steps, batch, json.dumps(shape)])), capture_output=True, text=True, timeout=600, env=env)
+    p = subprocess.run(list(map(str, [*start, here/'some_steps.py', out, num_steps, batch, json.dumps(shape), parts])), capture_output=True, text=True, timeout=600, env=env)
     assert p.returncode == 0, p.stderr[-3000:]
     return [torch.load(f'{out}-{r}.pt', weights_only=True) for r in range(world)]
 
@@ -21,10 +21,11 @@ shapes = {
     'no refinement': dict(num_refinements=0, hierarchy='bottom_up', gru='single'),
 }
 
-@pytest.mark.parametrize('name', shapes)
-def test_two_processes_equal_one(name, tmp_path):
-    num = 50 if name == 'published' else 10
-    (one,), two = (steps(tmp_path/str(w), w, shapes[name], num) for w in (1, 2))
+@pytest.mark.parametrize('name, parts', [*((name, 1) for name in shapes), ('published', 2)])
+def test_two_processes_equal_one(name, parts, tmp_path):
+    "In one part or in several, which exchange their gradients once."
+    num = 50 if (name, parts) == ('published', 1) else 10
+    (one,), two = (steps(tmp_path/str(w), w, shapes[name], num, parts=parts if w > 1 else 1) for w in (1, 2))
     for a, b in zip(one['lines'], two[0]['lines']):
         assert a.keys() == b.keys()
         for k in a: assert abs(a[k] - b[k]) <= 1e-8*max(1, abs(a[k])), (k, a[k], b[k])
