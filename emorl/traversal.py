@@ -116,15 +116,15 @@ def vary(
     recon:Reconstruction,            # What one scene's slots paint, [1 k ...]
     k:int,                           # Which slot is replaced
     variants:Float[Tensor, 'n d'],   # By what
-    decode_chunk:int=64,             # Most slots to decode at a time
+    decode_chunk:int=None,           # Most slots to decode at a time; None: as many as have 40,000 pixels, for each thread
 )->Float[Tensor, 'n c h w']:         # The scene with each of them
     "The scene with one slot replaced; only that slot is painted anew."
-    images = []
-    for some in variants.split(decode_chunk):
-        new = decoder(some[None], recon.rgb.shape[-2:])
-        rgb, logits = (old.repeat(len(some), 1, 1, 1, 1) for old in (recon.rgb, recon.mask_logits))
-        rgb[:, k], logits[:, k] = new.rgb[0], new.mask_logits[0]
-        images.append(Reconstruction(rgb, logits).image)
+    others, (h, w), images = [i for i in range(recon.rgb.shape[1]) if i != k], recon.rgb.shape[-2:], []
+    rest = Reconstruction(recon.rgb[:, others], recon.mask_logits[:, others])
+    for some in variants.split(decode_chunk or max(1, 40_000*torch.get_num_threads()//(h*w))):
+        new = decoder(some[None], (h, w))
+        share = (new.mask_logits[0] - rest.mask_logits.logsumexp(1)).sigmoid()
+        images.append(torch.lerp(rest.image, new.rgb[0], share))
     return torch.cat(images)
 
 # %% ../nbs/api/51_traversal.ipynb #fa0fd73c
@@ -135,15 +135,19 @@ def latent_activeness(
     num_images:int=100,              # The first so many
     seed:int=0,                      # Of the noise and of the choice of slots
     num_values:int=6,                # Steps of a sweep
-    batch_size:int=32, decode_chunk:int=64, # Change the speed, not the result
+    batch_size:int=32, decode_chunk:int=None, # Change the speed, not the result: see `vary`
     progress:Callable=iter,          # Wraps the list of batches, as tqdm does
+    latents:Sequence=None,           # Only these, the others being NaN; None: all
 )->Float[np.ndarray, 'n d']:         # Squared units of the images; published as `activeness.npy`
     "How much each latent of one random slot per image changes the picture."
-    rows = []
+    rows, d = [], model.config.slot_size
+    latents = list(range(d) if latents is None else latents)
+    if bad := [i for i in latents if i not in range(d)]: raise EmorlError(f'Slots of this model have latents 0 to {d - 1}; {bad[0]} was asked for.')
     def one(i, slots, recon):
-        k = int(random_integers(len(slots), seed, int(i))[0])
-        variants = sweep(slots[k], range(slots.shape[1]), ranges, num_values)
-        return activeness(vary(model.decoder, recon, k, variants.flatten(0, 1), decode_chunk).unflatten(0, variants.shape[:2]))
+        k, row = int(random_integers(len(slots), seed, int(i))[0]), np.full(d, np.nan)
+        variants = sweep(slots[k], latents, ranges, num_values)
+        row[latents] = activeness(vary(model.decoder, recon, k, variants.flatten(0, 1), decode_chunk).unflatten(0, variants.shape[:2]))
+        return row
     for idx, last in _inferred(model, dataset, _first(dataset, num_images), seed, batch_size, progress):
         for b, i in enumerate(idx): rows.append(one(i, last.slots[b], Reconstruction(last.recon.rgb[b:b+1], last.recon.mask_logits[b:b+1])))
     return np.stack(rows)
@@ -152,8 +156,9 @@ def most_active(
     active:Float[np.ndarray, 'n d'], # See `latent_activeness`
     num:int=10,                      # At most so many
 )->list[int]:
-    "Numbers of the latents with the highest mean activeness, highest first."
-    return np.argsort(-active.mean(0), kind='stable')[:num].tolist()
+    "Numbers of the latents with the highest mean activeness, highest first; those that were not measured are not among them."
+    mean = active.mean(0)
+    return [i for i in np.argsort(-mean, kind='stable').tolist() if not np.isnan(mean[i])][:num]
 
 # %% ../nbs/api/51_traversal.ipynb #42c6fe8d
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def traverse(
     latents:Sequence,                # Which latents, see `most_active`
     num_frames:int=8,                # Of each sweep
     seed:int=0,                      # Of the noise, as in `evaluate`
-    decode_chunk:int=64,             # Most slots to decode at a time
+    decode_chunk:int=None,           # Most slots to decode at a time: see `vary`
 )->Traversal:
     "Sweep latents of every slot of a scene over their true range."
     (_, last), = _inferred(model, dataset, np.array([index]), seed)

@@ -123,6 +123,28 @@ def test_activeness_as_published():
         assert any(np.allclose(found[i], b, rtol=1e-3, atol=1e-7) for b in by_slot)
     assert not any(np.allclose(found[i], found[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
 
+@pytest.mark.parametrize('k', [1, 2, 5])
+def test_one_slot_against_the_rest(k):
+    "Exact, also where one slot owns everything or nothing."
+    torch.manual_seed(1)
+    def decoder(slots, size):  # logits of up to some hundreds
+        flat = slots.flatten(0, 1)
+        paint = torch.einsum('nd,dchw->nchw', flat, torch.linspace(-9, 9, 3*4*5*7, dtype=torch.float64).view(3, 4, 5, 7)).unflatten(0, slots.shape[:2])
+        return Reconstruction(paint[:, :, :3].sigmoid(), 20*paint[:, :, 3:])
+    slots, variants = torch.randn(1, k, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    for i in range(k):
+        whole = slots.repeat(7, 1, 1); whole[:, i] = variants
+        torch.testing.assert_close(vary(decoder, decoder(slots, (5, 7)), i, variants, 3), decoder(whole, (5, 7)).image, rtol=0, atol=1e-12)
+
+def test_only_some_latents():
+    model, scenes = tiny(), noise_scenes()
+    ranges = latent_ranges(model, scenes)
+    every, some = (latent_activeness(model, scenes, ranges, 4, latents=l) for l in (None, [5, 2]))
+    np.testing.assert_allclose(some[:, [2, 5]], every[:, [2, 5]], rtol=1e-5)
+    assert np.isnan(some[:, [0, 1, 3, 4]]).all() and set(most_active(some)) == {2, 5} and len(most_active(every)) == 6
+    for bad in ([6], [-1], [.5]):
+        with pytest.raises(EmorlError, match=f'latents 0 to 5; {bad[0]} was asked for'): latent_activeness(model, scenes, ranges, 1, latents=bad)
+
 def test_every_slot_gets_its_turn():
     model, scenes, chosen = tiny(), noise_scenes(40), []
     vary = emorl.traversal.vary

@@ -59,6 +59,7 @@ class ClevrTex:
         self.variant = variant or next(iter(found))
         self._all = [p for _, p in lookup(self.variant, found, f'variant of ClevrTex in {path}')]
         self.files, self.split = _share(self._all, split, self.variant), split
+        self.fields = _fields + ('color',)*(self.variant == 'vbg')
         if not self.files: raise EmorlError(f'{path}: the split {split!r} of {len(self._all)} scenes is empty.')
         self.name, self.image_size, self.num_entities = f'clevrtex_{self.variant}', (3, *picture_size(self.files[0])[1:]), 11
 
@@ -71,7 +72,7 @@ class ClevrTex:
         for p in self._all:
             said = _said(p) or {'objects': ()}
             for o in (*said['objects'], said):
-                for k in (*_fields, _ground):
+                for k in (*self.fields, _ground):
                     if isinstance(o.get(k), str): words.setdefault(k, set()).add(o[k])
         return {k: sorted(v) for k, v in words.items()}
     def batch(self, indices)->Scenes:
@@ -95,10 +96,10 @@ class ClevrTex:
         "What the JSON file of a scene says, in numbers."
         if said is None: raise EmorlError(f'There is no file {path.with_suffix(".json")}, though others have one.')
         if len(objects := said['objects']) > 10: raise EmorlError(f'{path.with_suffix(".json")} lists {len(objects)} objects; ClevrTex has at most 10.')
-        res = {k: np.zeros(11, np.float32) for k in _fields}
+        res = {k: np.zeros(11, np.float32) for k in self.fields}
         code = lambda o, k: self.names[k].index(o[k]) + 1 if isinstance(o.get(k), str) else _number(o.get(k, 0), k, path)
         for i, o in enumerate(objects, 1):
-            for k in _fields: res[k][i] = code(o, k)
+            for k in self.fields: res[k][i] = code(o, k)
         return res | {_ground: np.float32([code(said, _ground), *[0]*10])}
 
 # %% ../../nbs/api/2A_clevrtex.ipynb #cc8f9695
