@@ -95,19 +95,21 @@ def replay(
 def work_of(
     run:Callable,    # A side
     clock:Callable,
-    repeats:int=3,   # The one with the median share counts
+    repeats:int=5,   # The fastest counts, with and without recording
 )->dict:
     "Convolutions and matrix products of a run: their share of its time, and their rate against running alone."
-    def once():
+    seconds, recorded = [], []
+    for _ in range(repeats):
         start = clock()
         run()
-        seconds = clock() - start
+        seconds.append(clock() - start)
         with WorkRecorder(clock) as recorder: run() # Recording takes time, though not within what it records
-        return sum(sum(c['seconds']) for c in recorder.calls.values())/seconds, seconds, recorder.calls
-    share, seconds, calls = sorted((once() for _ in range(repeats)), key=lambda r: r[0])[repeats//2]
-    work, flop = share*seconds, sum(c['flop']*len(c['seconds']) for c in calls.values())
+        recorded.append(recorder.calls)
+    took = lambda calls: sum(sum(c['seconds']) for c in calls.values())
+    calls, seconds = min(recorded, key=took), min(seconds)
+    work, flop = min(took(calls), seconds), sum(c['flop']*len(c['seconds']) for c in calls.values())
     floor = sum(replay(c, clock=clock)*len(c['seconds']) for c in calls.values())
-    return {'share_in_work': share, 'rate': floor/work, 'work_seconds': work, 'floor_seconds': floor, 'rest_seconds': seconds - work,
+    return {'share_in_work': work/seconds, 'rate': floor/work, 'work_seconds': work, 'floor_seconds': floor, 'rest_seconds': seconds - work,
             'gflop': flop/1e9, 'gflop_per_second': flop/1e9/work}
 
 # %% ../nbs/api/80_benchmark.ipynb #0e5b9e88

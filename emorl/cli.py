@@ -32,7 +32,7 @@ from .presets import experiment, override, presets, read_value, run_experiment
 from .robustness import conditions, robustness, save_robustness
 from .runs import RunSummary, find_runs
 from .train import make_accelerator
-from .traversal import latent_activeness, latent_ranges, most_active, stored_ranges, traverse, write_traversals, write_z_range
+from .traversal import latent_activeness, most_active, stored_ranges, traverse, write_traversals, write_z_range
 from .viz import save_figure
 
 # %% ../nbs/api/90_cli.ipynb #17b7d33b
@@ -203,7 +203,7 @@ def _as_json(results):
 def emorl_evaluate(
     model:Param('Runs, checkpoints, or shipped models', str, nargs='+'),
     data:Param('Datasets: names or files (default: what the first was trained on)', str, nargs='*')=None,
-    metrics:Param('Metrics or groups of them: published (default), segmentation, reconstruction, likelihood, iwae, clevrtex, disentanglement, dci_published, activeness, or any single name', str, nargs='*')=None,
+    metrics:Param('Metrics or groups of them: published (default), segmentation, reconstruction, likelihood, iwae, clevrtex, disentanglement, dci_published, ari_fg_published, activeness, or any single name', str, nargs='*')=None,
     steps:bool=False,                  # Measure every layer and refinement
     split:str='test',                  # Which part of the datasets
     num_images:int=None,               # The first so many (default: all; 320 of an endless dataset)
@@ -229,19 +229,18 @@ def emorl_evaluate(
             data = data or [net.experiment.get('data', 'tetrominoes')]
             for seed in seeds or [0]:
                 results[(*called, seed)] = _evaluated(net, data, split, mask_size, options | {'seed': seed})
-                if out and speaks: _keep(net, data[0], split, seed, results[(*called, seed)], results_folder(out, *called, seed), 'activeness' in (metrics or ()))
+                if out and speaks: _keep(net, name if 'activeness' in (metrics or ()) else None, data[0], split, seed, results[(*called, seed)], results_folder(out, *called, seed))
     if not speaks: return
     if json: print(_json(_as_json(results)))
     else: _report(results, markdown)
-    if out and not json: print(*(results_folder(out, *key)/f for key in results for f in ('results.json', 'slots.png')), sep='\n')
+    if out: print(*(results_folder(out, *key)/f for key in results for f in ('results.json', 'slots.png')), sep='\n', file=sys.stderr if json else sys.stdout)
 
-def _keep(net, name, split, seed, results, folder, active):
-    "Write an evaluation's files: results, a picture of the first dataset, and how active each latent is."
+def _keep(net, checkpoint, data, split, seed, results, folder):
+    "Write an evaluation's files: results, a picture of the first dataset, and, if a checkpoint is named to keep latent ranges with, how active each latent is."
     save_results(results, folder)
-    dataset = open_at(name, split, net.config.image_size)
+    dataset = open_at(data, split, net.config.image_size)
     save_figure(slot_picture(net, dataset, seed=seed), folder/'slots.png')
-    if not active: return
-    _save_array(folder/'activeness.npy', latent_activeness(net, dataset, latent_ranges(net, dataset, seed=seed), seed=seed))
+    if checkpoint: _save_array(folder/'activeness.npy', latent_activeness(net, dataset, stored_ranges(checkpoint, net, dataset, seed=seed), seed=seed))
 
 def _save_array(path, array):
     with write_beside(path) as beside, open(beside, 'wb') as f: np.save(f, array, allow_pickle=False)
@@ -282,6 +281,7 @@ def emorl_traverse(
     out:str='.',           # Write results/<experiment>/<checkpoint>-seed=<seed>/ in this folder
     index:int=0,           # Which scene
     num_latents:int=10,    # How many of the most active latents
+    latents:Param('Sweep these latents instead', int, nargs='*')=None,
     num_frames:int=8,      # Of each sweep
     fps:float=4.,          # Frames per second
     num_images:int=100,    # Scenes from which ranges and activeness are measured
@@ -291,10 +291,12 @@ def emorl_traverse(
     net, dataset, called = _ready(model, data)
     if index not in range(len(dataset)): raise EmorlError(f'{dataset.name} has scenes 0 to {len(dataset) - 1}; {index} was asked for.')
     ranges = stored_ranges(model, net, dataset, num_images, seed)
-    active = latent_activeness(net, dataset, ranges, num_images, seed)
     folder = results_folder(out, *called, seed)
-    write_traversals(traverse(net, dataset, index, ranges, most_active(active, num_latents), num_frames, seed), folder, fps)
-    write_z_range(folder/'z_range.txt', ranges); _save_array(folder/'activeness.npy', active)
+    if not latents:
+        _save_array(folder/'activeness.npy', active := latent_activeness(net, dataset, ranges, num_images, seed))
+        latents = most_active(active, num_latents)
+    write_traversals(traverse(net, dataset, index, ranges, latents, num_frames, seed), folder, fps)
+    write_z_range(folder/'z_range.txt', ranges)
     print(folder)
 
 @command

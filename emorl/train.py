@@ -313,6 +313,7 @@ class Run:
         except (RuntimeError, ValueError) as e: raise EmorlError(f'{c.path} cannot go on as another model: {"; ".join(differ)}.') from e
         if self.config.average: self.average = Average(self.model, self.config.average); self.average.state = dict(c.model)
         for k in ('step', 'seconds', 'skipped', 'measured', 'best', 'best_step'): setattr(self, k, c.training.get(k, self.step if k == 'measured' else getattr(self, k)))
+        if c.config['train'].get('best') != self.config.best: self.best = self.best_step = None # Scores of two measurements do not compare
         if 'loader' in c.training and '' not in accepted: self.loader.load_state_dict(c.training['loader'])
         self.loader.step, self.told, self.saved = self.step, (self.step, self.seconds), self.step
         if self.writes: keep_lines(self.out/'metrics.jsonl', lambda l: l['step'] <= (self.step if 'lr' in l else min(self.step, self.measured))); self.tidy()

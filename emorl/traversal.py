@@ -105,6 +105,7 @@ def sweep(
     num:int,                   # Even steps from the lower end to the upper one
 )->Float[Tensor, 'r num d']:
     "The slot with each latent in turn moved from one end of its range to the other."
+    if bad := [i for i in latents if i not in range(len(ranges))]: raise EmorlError(f'Slots have latents 0 to {len(ranges) - 1}; {bad[0]} was asked for.')
     lo, hi = torch.as_tensor(ranges, dtype=slot.dtype, device=slot.device)[list(latents)].T[..., None]
     moved = slot.repeat(len(latents), num, 1)
     for row, latent, values in zip(moved, latents, torch.lerp(lo, hi, torch.linspace(0, 1, num).to(slot))): row[:, latent] = values
@@ -142,7 +143,6 @@ def latent_activeness(
     "How much each latent of one random slot per image changes the picture."
     rows, d = [], model.config.slot_size
     latents = list(range(d) if latents is None else latents)
-    if bad := [i for i in latents if i not in range(d)]: raise EmorlError(f'Slots of this model have latents 0 to {d - 1}; {bad[0]} was asked for.')
     def one(i, slots, recon):
         k, row = int(random_integers(len(slots), seed, int(i))[0]), np.full(d, np.nan)
         variants = sweep(slots[k], latents, ranges, num_values)
