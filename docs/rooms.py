@@ -132,7 +132,7 @@ def under_title(docname, nb, app):
     path = f'{options["source_repository"].removeprefix("https://github.com/")}/blob/{options["source_branch"]}/{options["source_directory"]}{docname}.ipynb'
     module = exports(nb)[0]
     parts = [f'`emorl.{module}`, floor {docname.split("/")[-1][0]}']*bool(module) + [f'[notebook](https://github.com/{path})']
-    parts += [f'[open in Colab](https://colab.research.google.com/github/{path})']*docname.startswith(('tutorials/', 'explanations/'))
+    parts += [f'[open in Colab](https://colab.research.google.com/github/{path})']*docname.startswith('explanations/') # Tutorials have a badge of their own
     return ['', '{.room}', ' · '.join(parts), '']
 
 def parsed(text):

@@ -23,7 +23,7 @@ from .benchmark import benchmark, benchmark_row, benchmark_table, columns
 from .checkpoint import export_published, find_checkpoint, import_published, load
 from .core import EmorlError, lookup
 from .data.datasets import contact_sheet, convert, dataset_names, describe, make_dataset, open_at, open_dataset, verify
-from .evaluate import check_fits, evaluate, precisions, results_folder, save_results, slot_picture, spread, spread_rows, table
+from .evaluate import check_fits, evaluate, for_json, precisions, results_folder, save_results, slot_picture, spread, spread_rows, table
 from .export import encode_dataset, write_samples
 from .files import write_beside, write_json
 from .geco_target import run_with_target
@@ -71,7 +71,7 @@ def command(
         except EmorlError as e:
             if debug: raise
             print(f'{func.__name__}: {e}', file=sys.stderr); sys.exit(1)
-        except KeyboardInterrupt as e: print(f'{func.__name__}: {e or "interrupted"}', file=sys.stderr); sys.exit(130)
+        except KeyboardInterrupt as e: print(f'{func.__name__}: {str(e) or "interrupted"}', file=sys.stderr); sys.exit(130)
         except BrokenPipeError: sys.exit(1)
         except OSError as e: # A full disk, a folder that may not be written, a file that vanished
             if debug: raise
@@ -179,7 +179,7 @@ def _evaluated(net, names, split, mask_size, options):
     "Results of a model on some datasets."
     res = []
     for name in names:
-        judge = open_dataset(name, split, size=mask_size) if mask_size else None
+        judge = open_dataset(name, split, size=mask_size) if mask_size is not None else None
         res.append(evaluate(net, open_at(name, split, net.config.image_size), judge=judge, **options))
     return res
 
@@ -245,7 +245,7 @@ def _keep(net, checkpoint, data, split, seed, results, folder):
 def _save_array(path, array):
     with write_beside(path) as beside, open(beside, 'wb') as f: np.save(f, array, allow_pickle=False)
 
-def _json(obj): return json.dumps(obj, allow_nan=False) # A command's own `json` is an option
+def _json(obj): return json.dumps(for_json(obj), allow_nan=False) # A command's own `json` is an option
 
 # %% ../nbs/api/90_cli.ipynb #fdee5332
 @command

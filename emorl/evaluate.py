@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['of_step', 'of_masks', 'of_dataset', 'groups', 'precisions', 'kinds_of_object', 'iwae', 'metric_names', 'Results',
-           'table', 'device_of', 'check_fits', 'evaluate', 'slot_picture', 'results_folder', 'save_results', 'spread',
-           'spread_rows']
+           'for_json', 'table', 'device_of', 'check_fits', 'evaluate', 'slot_picture', 'results_folder', 'save_results',
+           'spread', 'spread_rows']
 
 # %% ../nbs/api/50_evaluate.ipynb #e0ec8bfe
 import json, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -81,23 +82,26 @@ class Results:
     whole:dict = field(default_factory=dict)      # Plain numbers of the dataset as a whole, as those of disentanglement
     settings:dict = field(default_factory=dict)   # What was evaluated: seed, slots, refinements, ...
 
-    @property
+    @cached_property
     def summary(self)->dict:
         "Mean, standard deviation and bootstrap interval of each metric."
         return {k: summarise(v) for k, v in self.values.items()}
+    @cached_property
+    def step_summary(self)->dict:
+        "The same by step, then by metric."
+        return {s: {k: summarise(v) for k, v in m.items()} for s, m in self.steps.items()}
     @property
     def num_images(self): return len(next(iter(self.values.values()), ()))
     def json(self)->dict:
         "Plain values: each metric's summary, by step where measured, what is known of the whole, the number of images, and the dataset."
-        steps = {'steps': {s: {k: summarise(v, num_resamples=200) for k, v in m.items()} for s, m in self.steps.items()}} if self.steps else {}
-        return _plain(self.summary | steps | self.whole | {'num_images': self.num_images, 'data': self.data, 'settings': self.settings})
+        return for_json(self.summary | ({'steps': self.step_summary} if self.steps else {}) | self.whole | {'num_images': self.num_images, 'data': self.data, 'settings': self.settings})
     def rows(self)->list:
         "The table as rows of texts, the head first."
-        return [[f'{self.data}', 'mean', 'std', '95 % interval', 'images'], *([k, *_cells(s)] for k, s in self.summary.items())]
+        return [[self.data, *_columns_of_a_mean], *([k, *_cells(s)] for k, s in self.summary.items())]
     def step_rows(self)->list:
-        "Means by step as rows of texts, the head first."
-        names = list(self.steps)
-        return [['step', *names], *([m, *(f'{summarise(self.steps[s][m], num_resamples=1)["mean"]:.4g}' for s in names)] for m in self.steps[names[0]])] if names else []
+        "The same by step as rows of texts, the head first: of each metric, all steps in turn."
+        metrics = next(iter(self.step_summary.values()), {})
+        return [['by step', *_columns_of_a_mean], *([f'{m} {s}', *_cells(of[m])] for m in metrics for s, of in self.step_summary.items())] if metrics else []
     def whole_rows(self)->list:
         "What is known of the whole as rows of texts, the head first."
         flat = list(_flat({k: v for k, v in self.whole.items() if k != 'breakdown'}))
@@ -115,14 +119,16 @@ class Results:
         return '\n\n'.join(map(_as_markdown, self._tables()))
     __repr__ = __str__
 
+_columns_of_a_mean = ('mean', 'std', '95 % interval', 'images')
+
 def _cells(s):
     "A summary as texts: mean, standard deviation, interval, number."
     return f'{s["mean"]:.4g}', f'{s["std"]:.3g}', '[' + ', '.join(f'{c:.4g}' for c in s['ci95']) + ']', str(s['num'])
 
-def _plain(x):
+def for_json(x):
     "For JSON: NaN becomes null, NumPy numbers become numbers."
-    if isinstance(x, dict): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
+    if isinstance(x, dict): return {str(k): for_json(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [for_json(v) for v in x]
     if isinstance(x, np.generic): x = x.item()
     return None if isinstance(x, float) and math.isnan(x) else x
 
@@ -287,6 +293,8 @@ def evaluate(
     k, i = c.num_slots if num_slots is None else num_slots, c.num_refinements if num_refinements is None else num_refinements
     n = min(len(dataset), 320) if num_images is None else min(num_images, len(dataset))
     if n < 1: raise EmorlError(f'There is nothing to evaluate in {dataset.name}.')
+    for option, value, least in (('num_slots', k, 1), ('num_refinements', i, 0), ('batch_size', batch_size, 1)):
+        if value < least: raise EmorlError(f'{option} is at least {least}; got {value}.')
     options = dict(num_refinements=i, num_slots=k, gradient_batch=gradient_batch, decode_chunk=decode_chunk, precision=lookup(precision, precisions, 'precision'))
     parts = {}
     for number, indices in progress(_share(np.split(np.arange(n), range(batch_size, n, batch_size)), shared)):
@@ -346,7 +354,7 @@ def save_results(
     write_json(folder/'results.json', {r.data: r.json() for r in results})
     texts = {'ARI.txt': ('ari_fg', '{:.3f},{:.3f}'), 'MSE.txt': ('mse', '{},{}'), 'KL.txt': ('kl', '{},{}')}
     texts = {f: [line.format(np.nanmean(r.values[m]), np.nanstd(r.values[m])) for r in results if m in r.values and not np.isnan(r.values[m]).all()] for f, (m, line) in texts.items()}
-    texts['dci.txt'] = [json.dumps(_plain(r.whole['dci'])) for r in results if 'undefined' not in r.whole.get('dci', {'undefined': ''})]
+    texts['dci.txt'] = [json.dumps(for_json(r.whole['dci'])) for r in results if 'undefined' not in r.whole.get('dci', {'undefined': ''})]
     for f, lines in texts.items():
         if lines:
             with write_beside(folder/f) as p: p.write_text(''.join(l + '\n' for l in lines))
@@ -355,18 +363,18 @@ def save_results(
 
 # %% ../nbs/api/50_evaluate.ipynb #70f75da2
 def spread(
-    results:list[Results], # Of one dataset, one per checkpoint
+    results:list[Results], # Of one dataset, one per checkpoint (or per seed of the noise)
     threshold:float=.9,    # A foreground ARI below it is a failure
 )->dict:                   # metric -> `mean`, `std`, `ci95`, `num`, `values`; and `failure_rate`
     "Mean and spread of several checkpoints."
     if len({r.data for r in results}) != 1: raise EmorlError(f'A spread is of one dataset; got {", ".join(r.data for r in results) or "no results"}.')
     means = {m: [float(np.nanmean(r.values[m])) if not np.isnan(r.values[m]).all() else math.nan for r in results] for m in results[0].values if all(m in r.values for r in results)}
     res = {m: summarise(v) | {'values': v} for m, v in means.items()}
-    return res | ({'failure_rate': float(np.mean(np.array(means['ari_fg']) < threshold))} if 'ari_fg' in means else {})
+    return res | ({'failure_rate': float(np.mean(~(np.array(means['ari_fg']) >= threshold)))} if 'ari_fg' in means else {})
 
 def spread_rows(results:list[Results])->list:
     "The same as rows of texts, the head first."
     s = spread(results)
-    rows = [[m, f'{v["mean"]:.4g}', f'{v["std"]:.3g}', ' '.join(f'{x:.4g}' for x in v['values'])] for m, v in s.items() if isinstance(v, dict)]
-    failed = [['failures', f'{s["failure_rate"]:.0%}', '', 'ari_fg below .9']] if 'failure_rate' in s else []
-    return [[f'{results[0].data}, {len(results)} checkpoints', 'mean', 'std', 'each'], *rows, *failed]
+    rows = [[m, *_cells(v)[:3], str(results[0].num_images), ' '.join(f'{x:.4g}' for x in v['values'])] for m, v in s.items() if isinstance(v, dict)]
+    failed = [['failures', f'{s["failure_rate"]:.0%}', '', '', '', 'ari_fg below .9']] if 'failure_rate' in s else []
+    return [[f'{results[0].data}, {len(results)} evaluations', *_columns_of_a_mean, 'each'], *rows, *failed]

@@ -67,6 +67,7 @@ def write_samples(
     "Write everything that inference passes through for the first images of a dataset."
     c, paths = model.config, []
     k = c.num_slots if num_slots is None else num_slots
+    if min(num_images, len(dataset), k) < 1 or (num_refinements or 0) < 0: raise EmorlError(f'A sample wants an image, a slot and no negative number of refinements; got {num_images}, {k} and {num_refinements}.')
     for i in progress(range(min(num_images, len(dataset)))):
         scene = dataset.batch([i])
         noise = image_noise([i], seed, c.num_draws(num_refinements=num_refinements), k, c.slot_size)
@@ -267,6 +268,7 @@ def encode_dataset(
     k, i = c.num_slots if num_slots is None else num_slots, c.num_refinements if num_refinements is None else num_refinements
     n = len(dataset) if num_images is None else min(num_images, len(dataset))
     if n < 1 or batch_size < 1: raise EmorlError(f'Encoding wants at least one image and one per batch; got {n} of {dataset.name}, {batch_size} per batch.')
+    if not 1 <= k <= 256 or i < 0: raise EmorlError(f'Encoding wants 1 to 256 slots and no negative number of refinements; got {k} and {i}.')
     if path.is_dir(): raise EmorlError(f'{path} is a folder; an HDF5 file cannot stand in its place.')
     with write_beside(path) as beside, _Disk(beside, 'w+') as disk:
         try:

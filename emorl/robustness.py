@@ -18,7 +18,7 @@ from .data import clevr, dsprites
 from .data.datasets import Cropped, makers, open_at
 from .data.scenes import SceneDataset, Subset
 from .data.shifts import Shift
-from .evaluate import evaluate
+from .evaluate import _cells, evaluate
 from .files import write_json
 from .models.slot_model import SlotModel
 from .viz import Picture, save_figure
@@ -103,9 +103,10 @@ class Robustness:
         return {s: {c.label: r.json() | {'trained': c.trained} for c, r in rows} for s, rows in self.by_study().items()}
     def rows(self)->list:
         "The table as rows of texts, the head first."
-        cell = lambda r, m: '{:.4g} [{:.4g}, {:.4g}]'.format(r.summary[m]['mean'], *r.summary[m]['ci95']) if m in r.values else ''
-        return [['study', 'condition', 'K', 'I', 'ari_fg', 'mse'],
-                *([c.study, c.label + ' *'*c.trained, *(str(r.settings[s]) for s in ('num_slots', 'num_refinements')), *(cell(r, m) for m in ('ari_fg', 'mse'))] for c, r in zip(self.conditions, self.results))]
+        names = ('ari_fg', 'mse')
+        cells = lambda r: (x for m in names for x in (_cells(r.summary[m])[:3] if m in r.values else ('',)*3))
+        return [['study', 'condition', 'K', 'I', 'images', *(x for m in names for x in (m, 'std', '95 % interval'))],
+                *([c.study, c.label + ' *'*c.trained, *map(str, (r.settings['num_slots'], r.settings['num_refinements'], r.num_images)), *cells(r)] for c, r in zip(self.conditions, self.results))]
 
 def robustness(
     model:SlotModel,

@@ -85,6 +85,8 @@ def prune(
     for old in there[:len(there) - len(late)][:-keep]:
         if not (best.exists() and old.samefile(best)): shutil.rmtree(old)
     for part in Path(run).glob('checkpoints/.step-*'): shutil.rmtree(part) # Left by one that was killed
+    for name in ('config.json', 'metrics.jsonl', 'geco_target.json'):
+        for part in Path(run).glob(f'.{name}.*.tmp'): part.unlink()
 
 # %% ../nbs/api/53_runs.ipynb #fdd1dd87
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decays', 'best_of', 'TrainConfig', 'learning_rate', 'refinements_at', 'step_noise', 'train_step', 'Average',
-           'make_accelerator', 'as_launched', 'free_port', 'launch', 'memory_mb', 'Run', 'differences', 'keep_buffers',
-           'check_plan', 'fit']
+           'make_accelerator', 'idles', 'as_launched', 'free_port', 'launch', 'memory_mb', 'Run', 'differences',
+           'keep_buffers', 'check_plan', 'fit']
 
 # %% ../nbs/api/60_train.ipynb #9fbddfae
 import ctypes, gc, json, math, os, resource, signal, socket, sys, threading, time, warnings
@@ -28,7 +28,7 @@ from .data.loading import Loader
 from .data.scenes import SceneDataset, images_only
 from .evaluate import check_fits, evaluate, precisions
 from .files import write_json
-from .models.slot_model import SlotModel
+from .models.slot_model import ModelConfig, SlotModel
 from .runs import append_line, keep_lines, lock_run, mark_best, prune
 from .viz import slot_grid
 
@@ -196,6 +196,7 @@ class _Stop:
 def make_accelerator(
     trackers:tuple=(), # Names of accelerate's trackers
     out:str|Path=None, # The run's folder, for trackers that write files
+    idle:bool=False,   # Whether there are steps in which some weights do nothing
 )->Accelerator:
     "An accelerator that counts as many processes as the launcher started."
     world = int(os.environ.get('WORLD_SIZE', 1))
@@ -207,9 +208,16 @@ def make_accelerator(
         if t not in ready: raise EmorlError(f'The tracker {t!r} is not installed; {", ".join(sorted(ready)) or "none"} would be there.')
     cpu = world > 1 and not (torch.cuda.is_available() or torch.xpu.is_available())
     a = Accelerator(cpu=cpu, mixed_precision='no', gradient_accumulation_steps=1, log_with=list(trackers) or None, project_dir=out,
-                    kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+                    kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)])
     if a.num_processes != world: raise EmorlError(f'The launcher started {world} processes, but they found {a.num_processes}; see ACCELERATE_USE_CPU and the number of GPUs.')
     return a
+
+def idles(
+    model:ModelConfig,
+    config:TrainConfig,
+)->bool:
+    "Whether a plan has steps in which some of a model's weights do nothing: fewer layers than it has, or no refinement though it can refine. Several processes then have to find out which."
+    return config.layers not in (None, model.num_layers) or bool(model.num_refinements) and any(i == 0 for _, i in config.refinements)
 
 def as_launched(config:TrainConfig)->TrainConfig:
     "The plan with what accelerate's launcher was told: precision and accumulation, where the plan says nothing of its own."
@@ -254,7 +262,7 @@ class Run:
         trackers:tuple=(),   # Names of accelerate's trackers
     ):
         self.out = Path(out) if out else None
-        self.accelerator = make_accelerator(trackers, self.out)
+        self.accelerator = make_accelerator(trackers, self.out, idles(model.config, config))
         self.rank, self.world, self.main = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.is_main_process
         self.writes = self.main and self.out is not None
         self.config, self.record = config, json.loads(json.dumps((record or {'model': asdict(model.config)}) | {'train': asdict(config)}))

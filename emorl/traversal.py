@@ -181,6 +181,7 @@ def traverse(
     decode_chunk:int=None,           # Most slots to decode at a time: see `vary`
 )->Traversal:
     "Sweep latents of every slot of a scene over their true range."
+    if not len(latents) or num_frames < 1: raise EmorlError(f'A traversal sweeps at least one latent in at least one frame; got {len(latents)} and {num_frames}.')
     (_, last), = _inferred(model, dataset, np.array([index]), seed)
     def of_slot(k):
         variants = sweep(last.slots[0, k], latents, ranges, num_frames)
@@ -279,6 +280,7 @@ def write_traversals(
     fps:float=4,       # Frames per second
 )->list[Path]:         # What was written
     "Write `slot_{k}_row_{r}.gif` for every sweep, as published; `traversal.gif` and `traversal.mp4` of all of them; and a sheet `slot_{k}.png` per slot."
+    if fps <= 0: raise EmorlError(f'Frames per second are more than 0; got {fps}.')
     folder, grid = Path(folder), traversal_grid(t)
     paths = [write_gif(folder/f'slot_{k}_row_{r}.gif', as_pixels(frames), fps) for k, rows in enumerate(t.frames) for r, frames in enumerate(rows)]
     paths += [save_figure(traversal_sheet(t, k), folder/f'slot_{k}.png') for k in range(len(t.frames))]

@@ -57,7 +57,7 @@ def test_evaluate_as_json(trained, tmp_path):
 
 def test_evaluate_several_in_one_table(trained, tmp_path):
     out, _ = run('emorl_evaluate', trained, 'tetrominoes_cpu', '--data', 'tetrominoes_real', '--seeds', 0, 1, '--metrics', 'published', 'mbo_fg', '--steps', '--markdown', '--out', tmp_path)
-    assert '| tetrominoes_real, 4 checkpoints | mean | std | each |' in out and '| failures | 50%' in out and '| step | L1 | L2 |' in out
+    assert '| tetrominoes_real, 4 evaluations | mean | std | 95 % interval | images | each |' in out and '| failures | 50%' in out and '| ari_fg L1 |' in out
     assert sorted(p.name for p in tmp_path.glob('results/*/*')) == ['six-step-00000006-seed=0', 'six-step-00000006-seed=1', 'tetrominoes_cpu-seed=0', 'tetrominoes_cpu-seed=1']
     res = json.loads(run('emorl_evaluate', trained, '--data', 'tetrominoes_real', '--seeds', 0, 1, '--json')[0])
     assert set(res) == {'tetrominoes_cpu/six-step-00000006-seed=0', 'tetrominoes_cpu/six-step-00000006-seed=1', 'spread'}

@@ -1,4 +1,4 @@
-"The inspector without a browser: its widgets are driven by their traits. (What each part does is shown on the pages 2G, 45 and 61.)"
+"The inspector without a browser: its widgets are driven by their traits. (What each part does is shown on the pages 38, 45 and 61.)"
 import datetime, io, threading, time
 
 import h5py
@@ -106,6 +106,8 @@ def test_second_image(inspector):
     k.swap.click(); assert torch.equal(s.scene.slots[0], theirs[1]) and torch.equal(s.other.slots[1], mine[0])
     k.undo.click(); k.blend.value = .25; k.blend.value = .5; inspector.wait()
     assert torch.allclose(s.scene.slots[0], (mine[0] + theirs[1])/2) and len(s.states) == 3
+    k.undo.click(); inspector.wait(); assert k.blend.value == 0 and torch.equal(s.scene.slots[0], mine[0]), 'the slider says what is'
+    k.blend.value = .5; k.slot.value = 1; inspector.wait(); assert k.blend.value == 0, 'another slot is not on its way'
 
 def test_upload(inspector, scenes):
     k = inspector.knobs

@@ -18,6 +18,7 @@ shapes = {
     'published':    dict(geco_target=-1.2, geco_options=dict(start=3, acceleration=5.)),
     'one layer':    dict(num_layers=1, num_refinements=1),
     'no layer':     dict(num_layers=0, num_refinements=2, geco_target=-1.),
+    'no refinement any more': dict(num_layers=1, num_refinements=1, refinements=[[0, 1], [4, 0], [8, 1]]),
     'no refinement': dict(num_refinements=0, hierarchy='bottom_up', gru='single'),
 }
 

@@ -9,6 +9,7 @@ __all__ = ['estimators', 'match_slots', 'disentanglement', 'completeness', 'DCI'
 # %% ../../nbs/api/15_disentanglement.ipynb #ff5612a5
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,14 @@ def _checked(codes, factors):
     constant = tuple(k for k, v in factors.items() if (v == v[0]).all())
     if len(constant) == len(factors): raise EmorlError(f'No factor varies among these objects: {", ".join(constant)}.')
     return codes, {k: v for k, v in factors.items() if k not in constant}, constant
+
+@contextmanager
+def _quiet():
+    "Without two doubts of scikit-learn: a factor's type says that it is discrete, however many values it has, and 300 passes are enough for a probe."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The number of unique classes')
+        warnings.simplefilter('ignore', ConvergenceWarning)
+        yield
 
 def _say(constant):
     for k in constant: warnings.warn(f'Factor {k!r} has one value only, so it is left out.', stacklevel=3)
@@ -183,7 +192,8 @@ def _right(model, x, y): return float(model.score(x, y))  # accuracy of a classi
 def _use(model, constant, codes, y, halves, score):
     "Importance of each latent [d]; test score, training score, and test score of a constant answer."
     train, test = halves
-    for m in (model, constant): m.fit(codes[train], y[train])
+    with _quiet():
+        for m in (model, constant): m.fit(codes[train], y[train])
     return abs(model.feature_importances_), score(model, codes[test], y[test]), score(model, codes[train], y[train]), score(constant, codes[test], y[test])
 
 def _dci(codes, factors, discrete, family, halves, score, seed):
@@ -262,7 +272,7 @@ def _line(z, v): return np.corrcoef(z, v)[0, 1]**2
 def _thresholds(z, v):
     "Balanced accuracy of thresholds on `z`, one fewer than `v` has values."
     tree = DecisionTreeClassifier(max_leaf_nodes=v.max() + 1, class_weight='balanced', random_state=0)
-    return balanced_accuracy_score(v, tree.fit(z[:, None], v).predict(z[:, None]))
+    with _quiet(): return balanced_accuracy_score(v, tree.fit(z[:, None], v).predict(z[:, None]))
 
 def separability(
     codes:Float[np.ndarray, 'n d'], # Code of each object
@@ -302,8 +312,7 @@ _probes = dict(  # name -> (classifier, regressor), from a seed
 def _probe(make, codes, v, halves):
     "Test score of a probe that learned from standardised codes."
     (train, test), y = halves, _target(v)
-    with warnings.catch_warnings(), threadpool_limits(1, 'blas'):
-        warnings.simplefilter('ignore', ConvergenceWarning)  # 300 passes are enough for a probe
+    with _quiet(), threadpool_limits(1, 'blas'):
         return _right(make_pipeline(StandardScaler(), make).fit(codes[train], y[train]), codes[test], y[test])
 
 def predict_properties(
