@@ -6,8 +6,10 @@
 __all__ = ['tile', 'Board', 'Background']
 
 # %% ../nbs/api/38_board.ipynb #5c626351
-import base64, io, threading
+import base64, io, sys, threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 
 import anywidget
 import numpy as np
@@ -18,6 +20,13 @@ from PIL import Image
 from .core import EmorlError
 
 # %% ../nbs/api/38_board.ipynb #49618cbb
+@lru_cache(512)
+def _png(pixels, height, width):
+    "Bytes [h w 3] as the address of a PNG; lightly packed, for it only goes to the browser next door."
+    file = io.BytesIO()
+    Image.frombytes('RGB', (width, height), pixels).save(file, 'PNG', compress_level=1)
+    return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
 def tile(
     pixels,             # [c h w] or [h w], in [0,1]
     key:str='',         # What a click on it is called
@@ -30,11 +39,9 @@ def tile(
     x = torch.as_tensor(pixels).detach().cpu().float()
     x = x[None] if x.ndim == 2 else x
     if x.ndim != 3 or len(x) not in (1, 3): raise EmorlError(f'A tile must be [3 h w], [1 h w] or [h w]; got {list(x.shape)}.')
-    data, file = (np.nan_to_num(x.expand(3, -1, -1).movedim(0, -1).numpy()).clip(0, 1)*255).round().astype(np.uint8), io.BytesIO() # small: torch's threads cost more than they do
-    Image.fromarray(np.ascontiguousarray(data)).save(file, 'PNG', compress_level=1)
+    data = (np.nan_to_num(x.expand(3, -1, -1).movedim(0, -1).numpy()).clip(0, 1)*255).round().astype(np.uint8) # small: torch's threads cost more than they do
     frame = '#767676' if color is None else '#%02x%02x%02x' % tuple(round(255*float(c)) for c in color)
-    return dict(key=key, title=title, alt=alt or title, color=frame, selected=selected, width=x.shape[2], height=x.shape[1],
-                src='data:image/png;base64,' + base64.b64encode(file.getvalue()).decode())
+    return dict(key=key, title=title, alt=alt or title, color=frame, selected=selected, width=x.shape[2], height=x.shape[1], src=_png(data.tobytes(), *data.shape[:2]))
 
 # %% ../nbs/api/38_board.ipynb #892ed1d8
 _script = '''
@@ -109,27 +116,20 @@ class Board(anywidget.AnyWidget):
 
 # %% ../nbs/api/38_board.ipynb #df0496d8
 class Background:
-    "A function that runs in a thread when called; calls while it runs make it run once more."
+    "A function that runs in a thread of its own when called; calls while it runs make it run once more."
     def __init__(self,
         work:Callable, # Without arguments; takes care of its own errors
-    ): self.work, self.thread, self.again, self.lock = work, None, False, threading.Lock()
+    ): self.work, self.worker, self.last, self.asked, self.lock = work, ThreadPoolExecutor(1), None, False, threading.Lock()
 
     def __call__(self, *_):
         "Ask for a run; returns at once. (Arguments are for those who observe traits.)"
         with self.lock:
-            self.again = True
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._run)
-                self.thread.start()
+            if not self.asked: self.last, self.asked = self.worker.submit(self._run), True
     def _run(self):
-        while True:
-            with self.lock:
-                if not self.again or not threading.main_thread().is_alive(): self.thread = None; return
-                self.again = False
-            try: self.work()
-            except BaseException:
-                with self.lock: self.thread = None
-                raise
+        with self.lock: self.asked = False
+        if not threading.main_thread().is_alive(): return
+        try: self.work()
+        except BaseException: threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
     def wait(self):
         "Return when everything that was asked for is done."
-        while t := self.thread: t.join()
+        while (last := self.last) and not last.done(): wait([last])

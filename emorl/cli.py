@@ -354,18 +354,21 @@ def emorl_data(
     num_test:int=None,              # make, convert: scenes of the test split (default: 320, or as published)
     num_train:int=None,             # convert: scenes of the train split (default: as published)
     max_objects:int=None,           # convert: leave out scenes with more objects; 6 makes CLEVR6
-    size:int=None,                  # convert: cut and resize as published, to 96 or 128
+    size:str=None,                  # make: height and width of CLEVR's pictures, as [240,320], or one number; convert: cut and resize as published, to 96 or 128
     processes:int=1,                # make, convert: how many work at the same time
     seed:int=0,                     # make: of the scenes
     out:str=None,                   # make: the HDF5 file to write; info: a PNG for a contact sheet
     settings:Param('', str)='',
 ):
-    "make: write a generated dataset in the published HDF5 layout (its own options follow, as --size [64,64]). convert: turn any file or folder of scenes into that layout. Both go on where they were interrupted. info: say what a dataset is. verify: check all of it."
+    "make: write a generated dataset in the published HDF5 layout (its own options follow, as --samples 4). convert: turn any file or folder of scenes into that layout. Both go on where they were interrupted. info: say what a dataset is. verify: check all of it."
     bar = sys.stderr.isatty()
+    size = read_value(size) if size else None
+    if not isinstance(size, (int, list, type(None)) if action == 'make' else (int, type(None))):
+        raise EmorlError(f'--size is a number of pixels{" or a pair, as [240,320]" if action == "make" else ""}; got {json.dumps(size)}.')
     if settings and action != 'make': raise EmorlError(f'Only make takes options of a dataset; got --{next(iter(settings))}.')
     if action == 'make':
         if not out: raise EmorlError('Say where to write the file: --out FILE.h5')
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in ((k, read_value(v)) for k, v in settings.items())} | ({'size': (size, size)} if size else {})
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in ((k, read_value(v)) for k, v in settings.items())} | ({'size': (size, size) if isinstance(size, int) else tuple(size)} if size else {})
         make_dataset(source, num, out, 320 if num_test is None else num_test, seed, bar, processes, **options)
     elif action == 'convert':
         if not to: raise EmorlError('Say what to write: emorl_data convert SOURCE FILE.h5')

@@ -57,6 +57,8 @@ class BroadcastDecoder(nn.Module):
         channels:int=3,             # Of the image
         gain:float=.02,             # Xavier gain
         position_gain:float=1.,     # Factor on it for the grid's projection: more makes positions sharper from the start
+        first:str|None=None,        # Activation after the first convolution; None: as the others
+        first_gain:float=1.,        # Factor on the gain of the first convolution
     ):
         super().__init__()
         if not len(widths) + 1 == len(kernels) == len(paddings):
@@ -64,12 +66,13 @@ class BroadcastDecoder(nn.Module):
         if bad := [(k, p) for k, p in zip(kernels, paddings) if not 0 <= 2*p < k]: raise EmorlError(f'Padding must be smaller than half the kernel; got (kernel, padding) {bad[0]}.')
         act, layers = lookup(activation, activations, 'activation'), []
         for (i, o), k, p in zip(pairwise((slot_size, *widths, channels + 1)), kernels, paddings): layers += [nn.Conv2d(i, o, k, padding=p), act()]
+        if first is not None: layers[1] = lookup(first, activations, 'activation')()
         self.convs, self.position = nn.Sequential(*layers[:-1]), PositionProjection(slot_size)
         self.margin = sum(k - 1 - 2*p for k, p in zip(kernels, paddings))
         self.factored = True # Use the identities above in the first layer
         self.beside = max(widths[1:], default=0) <= 32 # Whether a pixel's channels lie side by side in memory
         xavier_(self, gain)
-        xavier_(self.position, gain*position_gain)
+        xavier_(self.position, gain*position_gain); xavier_(self.convs[0], gain*first_gain)
 
     def forward(self,
         slots:Float[Tensor, 'b k d'], # Slots of each image

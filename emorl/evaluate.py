@@ -159,9 +159,9 @@ def device_of(model:SlotModel)->torch.device:
     return next(model.parameters(), torch.empty(0)).device
 
 def check_fits(model:SlotModel, dataset:SceneDataset):
-    "Raise an `EmorlError` unless the images have the size the model was trained on."
+    "Raise an `EmorlError` unless the images have the size that the model is for."
     size = model.image_shape
-    if (got := tuple(dataset.image_size)) != size: raise EmorlError(f'The model was trained on images of {size} (channels, height, width); {dataset.name} holds {got}.')
+    if (got := tuple(dataset.image_size)) != size: raise EmorlError(f'The model is for images of {size} (channels, height, width); {dataset.name} holds {got}.')
 
 def _resized(masks, mask):
     "Masks at the size at which they are judged."

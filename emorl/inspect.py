@@ -241,7 +241,7 @@ def _place(self):
         (lo, hi), value = map(float, self.ranges[latent]), float(scene.slots[self.selected, latent])
         lo, hi = min(lo, value), max(hi, value)
         if (slider.min, slider.max) != (lo, hi) or value not in (slider.value, slider.placed):
-            with slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value, slider.placed = lo, hi, (hi - lo)/100 or 1., value, value
+            with slider.hold_sync(), slider.hold_trait_notifications(): slider.placed, slider.min, slider.max, slider.step, slider.value = value, lo, hi, (hi - lo)/100 or 1., value # in one message
     if k.sliders.children != tuple(shown): k.sliders.children = shown
 
 SlotInspector._rank, SlotInspector._place = _rank, _place
@@ -275,9 +275,10 @@ def _connect(self):
     for knob, verb in ((k.png, 'to_png'), (k.gif, 'to_gif'), (k.npz, 'to_npz')): knob.on_click(lambda _, verb=verb: self._keep(verb))
 
 def _send_again(self):
-    "Tell a page that has just come up what changed while it was loading."
-    for w in vars(self.knobs).values():
-        for one in w if isinstance(w, list) else [w]: one.send_state()
+    "Tell a page that has just come up what changed while it was loading; not in the middle of a change."
+    with self.lock:
+        for w in vars(self.knobs).values():
+            for one in w if isinstance(w, list) else [w]: one.send_state()
 
 def _go(self, change): self.picture = None; self.refresh()
 def _put_beside(self, _): self.wants_beside = True; self.refresh()
@@ -288,7 +289,8 @@ def _uploaded(self, change):
 def _moved(self, change):
     "A slider of a latent was moved."
     slider = change.owner
-    if slider.slot != self.selected or slider.placed is not None and abs(change.new - slider.placed) <= .501*slider.step: return # A browser rounds what was placed to its steps: no edit
+    with self.lock: rounded = slider.placed is not None and abs(change.new - slider.placed) <= .501*slider.step # A browser rounds what was placed to its steps: no edit
+    if slider.slot != self.selected or rounded: return
     slider.placed = None
     self._do('set_latent', slider.slot, slider.latent, change.new)
 
@@ -337,7 +339,7 @@ def on_screen(
     board_picture(inspector).savefig(file := io.BytesIO(), format='png', dpi=200)
     return file.getvalue()
 
-# %% ../nbs/api/61_inspect.ipynb #a4efe4c3
+# %% ../nbs/api/61_inspect.ipynb #99b089f5
 def app(
     checkpoint:str,     # A run, a checkpoint, or a shipped model
     data:str=None,      # Name or path of a dataset; None: what the model was trained on

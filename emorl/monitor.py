@@ -25,7 +25,7 @@ from .files import read_json
 from .models.slot_model import SlotModel, build_model
 from .painting import paint_plain
 from .session import Choice, Session
-from .viz import Picture, mask_image, pca, read_curves, show_images, show_training, slot_colors
+from .viz import EventCurves, Picture, event_folder, mask_image, pca, read_curves, show_images, show_training, slot_colors
 
 # %% ../nbs/api/63_monitor.ipynb #194f1604
 def misfit_gradient(
@@ -143,7 +143,7 @@ class TrainingMonitor(widgets.VBox):
         every:float=5.,        # Seconds between two looks
         patience:float=600.,   # Seconds without anything new after which it stops looking
     ):
-        self.run, self.every, self.patience, self.steps, self.constraint = Path(run), every, patience, None, None
+        self.run, self.every, self.patience, self.steps, self.constraint, self.events = Path(run), every, patience, None, None, None
         self.picture, self.message = widgets.Image(format='png', layout={'align_self': 'flex-start'}), widgets.HTML()
         self.live = widgets.ToggleButton(value=False, description='watch', tooltip='Look again every few seconds')
         self.stopped, self.refresh = threading.Event(), Background(self.draw)
@@ -152,10 +152,14 @@ class TrainingMonitor(widgets.VBox):
         self.draw()
         self.live.value = self.steps is not None or not self.run.is_dir()
 
+    def curves(self)->dict:
+        "What TensorBoard's files say so far; the lines of `metrics.jsonl` as long as they say nothing."
+        if self.events is None and (folder := event_folder(self.run)): self.events = EventCurves(folder)
+        return self.events and self.events() or read_curves(self.run)
     def draw(self)->bool:
         "Look, and draw if there is something new; whether there was."
         try:
-            curves = read_curves(self.run)
+            curves = self.curves()
             steps = sum(len(x) for x, _ in curves.values())
             if steps == self.steps: return False
             if self.constraint is None and 'geco_beta' in curves: self.constraint = geco_constraint(self.run)

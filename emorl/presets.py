@@ -157,10 +157,16 @@ def run_experiment(
     if e.data not in dataset_names and not Path(e.data).exists() and e.data in {p.data for p in presets.values()}:
         raise EmorlError(f'{e.name} wants the dataset {e.data}, which is not built in; name its file with --data FILE.')
     data, held_out = open_at(e.data, _training(e.data), e.model.image_size), _held_out(e.data, e.model.image_size)
+    e = _for_channels(e, data.image_size[0])
     set_seed(e.train.seed)
     model = build_model(e.model)
     if there and overwrite: _clear(out)
     return model, fit(model, data, e.train, held_out, out, e.to_dict(), resume, progress, **options)
+
+def _for_channels(e, channels):
+    "The experiment for images of so many channels, unless it says so itself; three is what models start from."
+    if channels == 3: return e
+    return replace(e, model=replace(e.model, **{k: {'channels': channels} | getattr(e.model, k) for k in ('encoder', 'decoder_options')}))
 
 def _training(data): return 'train' if 'train' in source_splits(data) else source_splits(data)[0]
 

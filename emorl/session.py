@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -42,10 +43,16 @@ class Inferred:
     choice:Choice
     scenes:Scenes              # The one scene; without masks and factors where nobody knows them
     steps:Mapping[str, Step]   # Estimates by name, see `trajectory`
-    @property
+    @cached_property
     def image(self)->Float[Tensor, '1 c h w']:
         "The image in [0,1]."
         return self.scenes.images
+    @cached_property
+    def numbers(self)->dict[str, dict[str, float]]:
+        "Misfit, information, error, segmentation and size of the update of each step; NaN where there is none."
+        mask, value = self.scenes.mask, lambda x: float('nan') if x is None else float(x[0])
+        def of(s): return {'NLL': value(s.nll), 'KL': value(s.kl), 'MSE': (s.recon.image.cpu() - self.image).square().mean().item(), 'update': value(s.update_norm)}
+        return {n: of(s) | ({} if mask is None else {'FG-ARI': float(ari(mask, s.recon.masks)[0])}) for n, s in self.steps.items()}
 
 def open_picture(
     data:bytes,          # A picture file: PNG, JPEG, ...
@@ -167,10 +174,12 @@ class Session:
         if step not in self.now.steps: raise EmorlError(f'There is no step {step}; there are {", ".join(self.now.steps)}.')
         self.step, self.kind = step, None
 
+    def states_at(self, step:str)->list:
+        "The past of a step's scene, now being the last: pairs (scene, scene of another image or None)."
+        if step not in self.past: self.past[step] = [(scene_of(self.now.image, self.now.steps[step]), None)]
+        return self.past[step]
     @property
-    def states(self)->list:
-        "The past of this step's scene, now being the last: pairs (scene, scene of another image or None)."
-        return self.past.setdefault(self.step, [(scene_of(self.now.image, self.now.steps[self.step]), None)])
+    def states(self)->list: return self.states_at(self.step)
     @property
     def scene(self)->SlotScene: return self.states[-1][0]
     @property
@@ -204,7 +213,11 @@ def apply(self:Session,
 
 def undo(self:Session):
     "Take the last change back; nothing if there is none."
-    if len(self.states) > 1: self.states.pop()
+    if len(self.states) > 1:
+        scene, other = self.states.pop()
+        if scene is self.scene: # nothing but the second image was new
+            for p in self.past.values():
+                if len(p) > 1 and p[-1][1] is other and p[-1][0] is p[-2][0]: p.pop()
     self.kind = None
 
 def reset(self:Session):
@@ -213,8 +226,9 @@ def reset(self:Session):
 
 def beside(self:Session, choice:Choice):
     "Have another image at hand, with its last estimate."
-    new = self.infer(choice)
-    self.apply(lambda scene, other: (scene, scene_of(new.image, list(new.steps.values())[-1])))
+    new, _ = self.infer(choice), self.decoder
+    second, self.kind = scene_of(new.image, list(new.steps.values())[-1]), None
+    for step in self.now.steps: self.states_at(step).append((self.states_at(step)[-1][0], second))
 
 def remove(self:Session, k:int):
     "Take slot `k` away."
@@ -245,11 +259,8 @@ for verb in (apply, undo, reset, beside, remove, duplicate, set_latent, swap, bl
 
 # %% ../nbs/api/45_session.ipynb #2aea5b10
 def numbers(self:Session)->dict[str, dict[str, float]]:
-    "Misfit, information, error, segmentation and size of the update of each step; NaN where there is none."
-    image, mask = self.now.image, self.now.scenes.mask
-    value = lambda x: float('nan') if x is None else float(x[0])
-    def of(s): return {'NLL': value(s.nll), 'KL': value(s.kl), 'MSE': (s.recon.image.cpu() - image).square().mean().item(), 'update': value(s.update_norm)}
-    return {n: of(s) | ({} if mask is None else {'FG-ARI': float(ari(mask, s.recon.masks)[0])}) for n, s in self.now.steps.items()}
+    "The numbers of each step as inferred, see `Inferred`."
+    return self.now.numbers
 
 def owner(self:Session, x:int, y:int)->int:
     "The slot that owns a pixel of the scene as it is."
@@ -277,20 +288,35 @@ def _enlarged(pixels, least=600):
     n = max(1, -(-least//pixels.shape[2]))
     return Image.fromarray(pixels.movedim(0, -1).cpu().numpy().repeat(n, 0).repeat(n, 1))
 
+def _frame(self, step, scene, other):
+    "A scene at a step, and below it the other, as pixels [3 H W]."
+    recon = self.now.steps[step].recon if scene is self.states_at(step)[0][0] else scene.paint(self.decoder)
+    rows = [slot_grid(self.now.image, recon)] + ([] if other is None else [slot_grid(other.image[None], self.paint(other))])
+    return torch.cat([_widened(r, max(r.shape[2] for r in rows)) for r in rows], 1)
+
+def _widened(pixels, width, height=0):
+    "With grey to the right and below, so that the whole is at least so large."
+    return F.pad(pixels, (0, max(0, width - pixels.shape[2]), 0, max(0, height - pixels.shape[1])), value=128)
+
 def to_npz(self:Session)->bytes:
-    "Everything about the scene as arrays: image, slots, which are present, colours, masks, posterior; and which inference it was."
+    "Everything about the scene as arrays: image, slots, which are present, colours, masks, posterior; which inference it was; and the second image and its slots if there is one."
     step, r, c = self.now.steps[self.step], self.paint(), self.now.choice
     arrays = dict(image=self.now.image[0], slots=self.scene.slots, present=self.scene.present, rgb=r.rgb[0], masks=r.masks[0], recon=r.image[0], loc=step.posterior.loc[0], std=step.posterior.std[0])
+    if self.other: arrays |= dict(other_image=self.other.image, other_slots=self.other.slots, other_recon=self.paint(self.other).image[0])
     plain = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.array(v) for k, v in arrays.items()}
     return _bytes(lambda f: np.savez_compressed(f, step=self.step, seed=c.seed, index=-1 if c.picture else c.index, **plain))
 
 def to_png(self:Session)->bytes:
-    "Image, reconstruction, masks and slots in a row."
-    return _bytes(lambda f: _enlarged(slot_grid(self.now.image, self.paint())).save(f, 'PNG'))
+    "Image, reconstruction, masks and slots in a row; below it the same of the second image."
+    return _bytes(lambda f: _enlarged(_frame(self, self.step, *self.states[-1])).save(f, 'PNG'))
 
 def to_gif(self:Session)->bytes:
-    "The same of every step as inferred, 1.25 steps a second."
-    frames = [_enlarged(slot_grid(self.now.image, s.recon)) for s in self.now.steps.values()]
+    "The same of the steps up to this one, then of its edits, 1.25 a second; the last is what is there now."
+    before = list(self.now.steps)[:list(self.now.steps).index(self.step)]
+    second = next((other for _, other in self.states if other), None) # below from the start, so that nothing jumps
+    frames = [_frame(self, n, *self.states_at(n)[-1]) for n in before] + [_frame(self, self.step, scene, other or second) for scene, other in self.states]
+    height, width = (max(f.shape[i] for f in frames) for i in (1, 2))
+    frames = [_enlarged(_widened(f, width, height)) for f in frames]
     return _bytes(lambda f: frames[0].save(f, 'GIF', save_all=True, append_images=frames[1:], duration=[800]*(len(frames) - 1) + [2000], loop=0))
 
 Session.to_npz, Session.to_png, Session.to_gif = to_npz, to_png, to_gif

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Picture', 'show_images', 'slot_colors', 'mask_image', 'outline', 'slot_table', 'slot_grid', 'show_trajectory',
-           'slots_by_step', 'show_slots', 'show_attention', 'show_posterior', 'pca', 'show_projection', 'read_curves',
-           'show_training', 'save_figure']
+           'slots_by_step', 'show_slots', 'show_attention', 'show_posterior', 'pca', 'show_projection', 'event_folder',
+           'EventCurves', 'read_curves', 'show_training', 'save_figure']
 
 # %% ../nbs/api/2B_viz.ipynb #321e3edf
 import base64, colorsys, io, json
@@ -323,11 +323,24 @@ def _from_lines(path):
             if k not in ('step', 'seconds'): curves.setdefault(k, []).append((line['step'], v))
     return {k: tuple(np.array(v, np.float64).T) for k, v in curves.items()}
 
-def _from_tensorboard(folder):
-    "Curves of TensorBoard's event files."
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 1}).Reload()
-    return {k.split('/')[-1]: tuple(np.array([(e.step, e.value) for e in events.Scalars(k)], np.float64).T) for k in events.Tags()['scalars']}
+def event_folder(
+    run:str|Path,       # Folder of a run
+)->Path|None:           # None: there are none
+    "Where a run has TensorBoard's files: in `tb`, or else the first folder that has some."
+    found = sorted(Path(run).rglob('events.out.tfevents.*'), key=lambda p: (p.parent.name != 'tb', p))
+    return found[0].parent if found else None
+
+class EventCurves:
+    "Curves of TensorBoard's files, as `read_curves` gives them; every call reads what is new."
+    def __init__(self,
+        folder:str|Path, # With the files
+    ):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        self.events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 1})
+    def __call__(self)->dict[str, tuple[np.ndarray, np.ndarray]]:
+        "Name -> steps, values."
+        tags = self.events.Reload().Tags()['scalars']
+        return {k.split('/')[-1]: tuple(np.array([(e.step, e.value) for e in self.events.Scalars(k)], np.float64).T) for k in tags}
 
 def read_curves(
     run:str|Path,                               # Folder of a run; or a folder with TensorBoard's files
@@ -336,7 +349,7 @@ def read_curves(
     run = Path(run)
     if not run.is_dir(): raise EmorlError(f'There is no run {run}.')
     if (run/'metrics.jsonl').is_file(): return _from_lines(run/'metrics.jsonl')
-    if folder := next((p.parent for p in sorted(run.rglob('events.out.tfevents.*'))), None): return _from_tensorboard(folder)
+    if folder := event_folder(run): return EventCurves(folder)()
     raise EmorlError(f'{run} holds neither metrics.jsonl nor files of TensorBoard.')
 
 # %% ../nbs/api/2B_viz.ipynb #5f2efae7

@@ -6,7 +6,7 @@ from emorl.core import set_seed
 from emorl.data.scenes import batches
 from emorl.data.tetrominoes import Tetrominoes
 from emorl.models.slot_model import build_model
-from emorl.train import TrainConfig, idles, make_accelerator, refinements_at, step_noise, train_step
+from emorl.train import TrainConfig, idles, make_accelerator, planned, step_noise, train_step
 
 small = dict(slot_size=8, encoder=dict(widths=[8, 8], kernels=[5, 3], strides=[2, 2]), decoder_options=dict(widths=[8], kernels=[3, 3], paddings=[1, 1]), gain=1.)
 
@@ -24,7 +24,7 @@ def main(out, num_steps, batch, shape, parts=1):
     for step in range(config.num_steps):
         scenes = next(data)
         seen.append(torch.from_numpy(scenes.image).double().flatten(1) @ torch.arange(1., 3*35*35 + 1))
-        noise = step_noise(0, step, config.batch_size, m.num_draws(None, refinements_at(step, config.refinements)), m.num_slots, m.slot_size, rank, world)
+        noise = step_noise(0, step, config.batch_size, m.num_draws(None, planned(step, config.refinements)), m.num_slots, m.slot_size, rank, world)
         log = train_step(wrapped, optimizer, scenes.images.double(), step, config, noise, accelerator)
         lines.append(log | {'gradient': sum((p.grad**2).sum().item() for p in model.parameters() if p.grad is not None)**.5})
     state = {k: v for k, v in model.state_dict().items()}

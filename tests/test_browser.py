@@ -59,8 +59,8 @@ def voila():
 
 class Watched:
     "A page, and everything that went wrong in it."
-    def __init__(self, browser, url, size=(1250, 1000)):
-        self.page = browser.new_page(viewport=dict(width=size[0], height=size[1]))
+    def __init__(self, browser, url, size=(1250, 1000), **options):
+        self.page = browser.new_page(viewport=dict(width=size[0], height=size[1]), **options)
         self.errors, self.requests, self.failed, host = [], [], [], urlparse(url).netloc
         self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
@@ -180,6 +180,17 @@ def test_files_are_handed_over(opened):
     for kind, head in (('PNG', b'\x89PNG'), ('GIF', b'GIF8'), ('npz', b'PK')):
         with p.expect_download(timeout=wait) as d: button(p, kind).click()
         assert d.value.suggested_filename == f'slots-0-I3.{kind.lower()}' and Path(d.value.path()).read_bytes().startswith(head)
+
+def test_a_second_image_stays_when_the_step_changes(opened):
+    p = opened.page
+    first = picture(p, 'reconstruction')
+    button(p, 'put beside').click()
+    until(lambda: titles(p, 'second')[:2] == ['second image', 'painted'], 'a second image is there')
+    slider(p, 'step').focus(); p.keyboard.press('ArrowLeft')
+    until(lambda: picture(p, 'reconstruction') != first, 'another step')
+    assert titles(p, 'second')[:2] == ['second image', 'painted']
+    p.keyboard.press('ArrowRight'); until(lambda: picture(p, 'reconstruction') == first, 'and back')
+    button(p, 'undo').click(); until(lambda: not titles(p, 'second'), 'undo takes it away')
 
 def test_ctrl_c_ends_the_server_and_its_kernels(browser):
     port = free_port()

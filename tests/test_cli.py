@@ -155,7 +155,7 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_evaluate', 'nowhere'], 'neither a run, nor a checkpoint'),
     (['emorl_evaluate', 'tetrominoes_cpu', '--metrics', 'arifg'], "did you mean 'ari_fg'"),
     (['emorl_evaluate', 'tetrominoes_cpu', 'tetrominoes_cpu', '--data', 'tetrominoes_real'], 'are called tetrominoes_cpu/tetrominoes_cpu'),
-    (['emorl_sample', 'tetrominoes_cpu', '--data', 'multi_dsprites_colored_on_grayscale'], 'trained on images of (3, 35, 35)'),
+    (['emorl_sample', 'tetrominoes_cpu', '--data', 'multi_dsprites_colored_on_grayscale'], 'is for images of (3, 35, 35)'),
     (['emorl_robustness', 'tetrominoes_cpu', '--studies', 'slot'], "did you mean 'slots'"),
     (['emorl_encode', 'tetrominose'], "did you mean 'tetrominoes'"),
     (['emorl_data', 'info', 'nowhere.h5'], 'nowhere.h5'),

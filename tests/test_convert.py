@@ -103,6 +103,26 @@ def test_flat_hdf5_converts(tmp_path):
     assert file_kind(tmp_path/'f.h5') == 'flat_hdf5' and convert(tmp_path/'f.h5', tmp_path/'h.h5') == dict(train=27, test=3)
     same(everything(tmp_path/'h.h5'), s)
 
+def test_flat_hdf5_that_does_not_count_its_entities(tmp_path):
+    "Without `visibility`, and with the scenes of most objects last: no mask is lost."
+    s = Tetrominoes(num=100).batch(range(100))
+    mask = np.where(np.arange(100)[:, None, None] < 70, np.minimum(s.mask, 1), s.mask)
+    with h5py.File(tmp_path/'f.h5', 'w') as f: f['image'], f['mask'] = s.image.transpose(0, 2, 3, 1), mask[..., None]
+    assert convert(tmp_path/'f.h5', tmp_path/'h.h5') == verify(tmp_path/'h.h5') == dict(train=90, test=10)
+    assert np.array_equal(everything(tmp_path/'h.h5').mask, mask)
+
+@pytest.mark.parametrize('what, bad, says', [('half', .5, '0, 0.5'), ('128', 128, '0, 128'), ('soft', .25, '0, 0.25, 1')])
+def test_soft_masks_are_refused(what, bad, says, tmp_path):
+    "By every way into a file, and by the number of the scene."
+    s = Tetrominoes(num=9).batch(range(9))
+    masks = s.one_hot().numpy()[..., None].astype(np.float32)
+    if what == 'soft': masks[6, :, 3, 4] = bad
+    else: masks[6] *= bad
+    with h5py.File(tmp_path/'s.h5', 'w') as f: f['train/imgs'], f['train/masks'] = s.image.transpose(0, 2, 3, 1), masks.astype(np.uint8 if what == '128' else np.float32)
+    for act in (verify, describe, lambda p: convert(p, tmp_path/'h.h5'), lambda p: open_dataset(p, 'train').batch([8, 6])):
+        with pytest.raises(EmorlError, match=f's.h5, train, scene 6: masks hold 0 and 255, or 0 and 1; these hold {says}[.]'): act(tmp_path/'s.h5')
+    assert not (tmp_path/'h.h5').exists()
+
 # ---- interruptions
 
 def parts(out): return sorted(out.with_name(out.name + '.parts').glob('*-*.h5'))

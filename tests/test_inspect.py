@@ -109,6 +109,22 @@ def test_second_image(inspector):
     k.undo.click(); inspector.wait(); assert k.blend.value == 0 and torch.equal(s.scene.slots[0], mine[0]), 'the slider says what is'
     k.blend.value = .5; k.slot.value = 1; inspector.wait(); assert k.blend.value == 0, 'another slot is not on its way'
 
+def test_a_second_image_stays_at_other_steps(inspector):
+    k, s = inspector.knobs, inspector.session
+    k.other.value = 7; k.beside.click(); inspector.wait()
+    beside = sources(inspector, -1)
+    for step in ('L2', 'I1', 'I3'): k.step.value = step; inspector.wait(); assert keys(inspector, -1)[0] == 'other/image' and sources(inspector, -1) == beside
+    k.step.value = 'L5'; inspector.wait(); k.swap.click(); inspector.wait(); assert sources(inspector, -1) != beside, 'swapped at this step'
+    k.step.value = 'I3'; inspector.wait(); assert sources(inspector, -1) == beside and not s.edited
+    k.undo.click(); inspector.wait(); assert len(inspector.knobs.board.rows) == 4
+    k.step.value = 'L5'; inspector.wait(); assert s.edited and len(inspector.knobs.board.rows) == 5, 'where it was used it stays'
+
+def test_a_move_is_quick(inspector):
+    slider = inspector.knobs.latents[0]
+    def move(v):
+        began = time.process_time(); slider.value = float(v); inspector.refresh.wait(); return time.process_time() - began
+    assert np.median([move(v) for v in np.linspace(-2.9, 2.9, 15)]) < .15, 'of the processor, so that what others do does not count'
+
 def test_upload(inspector, scenes):
     k = inspector.knobs
     upload(inspector, png(scenes.batch([6]).image[0].transpose(1, 2, 0))); inspector.wait()
@@ -140,6 +156,12 @@ def test_exports(inspector, monkeypatch):
     assert [n for n, _ in saved] == ['slots-0-I3.png', 'slots-0-I3.gif', 'slots-0-I3.npz']
     assert Image.open(io.BytesIO(saved[0][1])).size[0] >= 600 and Image.open(io.BytesIO(saved[1][1])).n_frames == 8
     with np.load(io.BytesIO(saved[2][1])) as f: assert f['slots'].shape == (3, 32)
+    inspector.knobs.remove.click(); inspector.wait(); inspector.knobs.gif.click()
+    def frames(data):
+        with Image.open(io.BytesIO(data)) as gif:
+            for n in range(gif.n_frames): gif.seek(n); yield np.asarray(gif.convert('RGB')).astype(int)
+    old, new = (list(frames(saved[n][1])) for n in (1, 3))
+    assert len(new) == 9 and np.abs(new[7] - old[7]).mean() < 2 < np.abs(new[8] - new[7]).mean(), 'it ends with the edit'
 
 @pytest.mark.parametrize('make', [lambda: EfficientMORL(EmorlConfig(num_slots=2, slot_size=8, num_layers=0, num_refinements=1)),
                                   lambda: EfficientMORL(EmorlConfig(num_slots=2, slot_size=8, num_layers=2, num_refinements=0)),
@@ -159,7 +181,7 @@ def test_background_answers_the_last_wish():
     def work(): started.set(); time.sleep(.002); seen.append(wish[0])
     b = Background(work)
     for n in range(1, 300): wish[0] = n; b(); time.sleep(.0003)
-    b.wait(); assert seen[-1] == 299 and len(seen) < 299 and b.thread is None
+    b.wait(); assert seen[-1] == 299 and len(seen) < 299 and b.last.done() and not b.asked
 
 def test_app_knows_the_data_of_a_checkpoint(tmp_path):
     assert app('tetrominoes_cpu').session.dataset.name == 'tetrominoes'

@@ -11,7 +11,7 @@ from emorl.models.slot_attention import SlotAttention, SlotAttentionConfig
 from emorl.models.slot_model import make_config
 from emorl.parity import load_fixture
 from emorl.published import *
-from emorl.train import TrainConfig, refinements_at
+from emorl.train import TrainConfig, planned
 
 fixtures = sorted((Path(__file__).parents[2]/'shared/parity').glob('*.npz'))
 
@@ -64,7 +64,7 @@ def test_silence_means_the_published_defaults():
     c, t = make_config(e['model']), TrainConfig.from_dict(e['train'])
     assert (c.num_slots, c.slot_size, c.image_size, c.num_layers, c.std, c.decoder, c.likelihood, c.hierarchy) == (4, 64, (64, 64), 3, .1, 'iodine', 'gaussian', 'reversed++')
     assert (t.lr, t.batch_size, t.num_steps, t.decay, t.warmup, t.clip, t.save_every) == (3e-4, 16, 500000, 'none', 0, 5., 25000)
-    assert [refinements_at(s, t.refinements) for s in (0, 99_999, 100_000, 400_000)] == [3, 3, 1, 1]
+    assert [planned(s, t.refinements) for s in (0, 99_999, 100_000, 400_000)] == [3, 3, 1, 1]
 
 @pytest.mark.parametrize('config, says', [
     ({'Net': {'stochastic_layer': 3}, 'training': {}}, "did you mean 'Net.stochastic_layers'"), ({'Nett': {'K': 3}, 'training': {}}, "did you mean 'Net.K'"),

@@ -268,6 +268,7 @@ def _need(ok, where, at, sentence):
 
 def _check_objects(scenes, where, at):
     if 'visibility' in scenes.factors: _need((scenes.factors['visibility'][:, 1:] > 0).any(1), where, at, 'it has no objects; at least one is expected')
+    if scenes.mask is not None: _need(scenes.mask.any((1, 2)), where, at, 'its mask shows no object; at least one is expected')
 
 def _check_scenes(scenes, where, at):
     "What a scene must hold, beyond what is checked when it is read."

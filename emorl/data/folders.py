@@ -59,7 +59,9 @@ class ImageFolder:
         lacking = [p for p, m in zip(self.files, self.masks) if m is None]
         if lacking and len(lacking) < len(self.files): raise EmorlError(f'{lacking[0]} has no mask, though {len(self.files) - len(lacking)} pictures have one.')
         self.image_size = picture_size(self.files[0])
-        self.num_entities = 0 if lacking else int(max(read_index(m).max() for m in self.masks)) + 1
+        most, mask = (-1, None) if lacking else max((int(read_index(m).max()), m) for m in self.masks)
+        if most > 254: raise EmorlError(f'{mask}: a mask is an index map, with 0 for the background and objects from 1 on, at most 254; this one names {most}, as black and white does.')
+        self.num_entities = most + 1
 
     def __len__(self): return len(self.files)
     def __repr__(self): return f'ImageFolder({self.name!r}: {len(self)} pictures {self.image_size}, {self.num_entities} entities)'

@@ -240,6 +240,12 @@ def _flat_head(f, path):
     rows = sets['visibility'].shape[1] if 'visibility' in sets and sets['visibility'].ndim > 1 else 0
     return n, (c, h, w), [k for k, d in sets.items() if d.ndim in (2, 3) and d.shape[0] == n and d.shape[1] == rows], rows
 
+def _most(masks, path):
+    "The largest number in index masks, which is at most 254."
+    most = max(int(masks[i:i + 256].max()) for i in range(0, len(masks), 256))
+    if most > 254: raise EmorlError(f'{path}: mask is an index map, with 0 for the background and objects from 1 on, at most 254; this one names {most}, as black and white does.')
+    return most
+
 class FlatHDF5Scenes(_HDF5File):
     "An HDF5 file of the object-centric library: index masks, one array per factor, no pickle."
     split = '/'
@@ -253,7 +259,7 @@ class FlatHDF5Scenes(_HDF5File):
             self.arrays = ('image', 'mask', *factors)
             counted = isinstance(f.get('num_actual_objects'), h5py.Dataset) and 'visibility' in self.factors
             self.lacks_background = counted and bool((f['visibility'][:64].reshape(min(64, self.num), -1) > 0).sum() == f['num_actual_objects'][:64].sum())
-            self.num_entities = rows + self.lacks_background
+            self.num_entities = rows + self.lacks_background if rows else _most(f['mask'], path) + 1 if 'mask' in f else 0
 
     @property
     def factors(self): return self.arrays[2:]
@@ -265,7 +271,9 @@ class FlatHDF5Scenes(_HDF5File):
         mask = got['mask'][..., 0] if 'mask' in got else None
         if mask is not None and self.num_entities and (bad := np.flatnonzero((mask >= self.num_entities).any((1, 2)))).size:
             raise EmorlError(f'{self.path}, scene {idx[bad[0]]}: the mask names entity {mask[bad[0]].max()}; there are {self.num_entities}, the background included.')
-        return Scenes(np.ascontiguousarray(got['image'].transpose(0, 3, 1, 2)), mask, {k: self._factor(k, got[k]) for k in self.factors})
+        factors = {k: self._factor(k, got[k]) for k in self.factors}
+        if mask is not None and 'visibility' not in factors: factors['visibility'] = _visible(mask, self.num_entities)
+        return Scenes(np.ascontiguousarray(got['image'].transpose(0, 3, 1, 2)), mask, factors)
     def _factor(self, name, a):
         "A factor [n k] or [n k m], with a row for the background."
         a = a[..., 0] if a.ndim == 3 and a.shape[2] == 1 else a
@@ -313,6 +321,8 @@ def _append(dset, rows):
 
 def _stored(scenes, k):
     "The arrays of some scenes as the file holds them."
+    if scenes.mask is not None and scenes.mask.size and (most := scenes.mask.max()) >= min(k, 255):
+        raise EmorlError(f'Masks of {k} entities are to be written, at most 255 and the background included; a scene names entity {most}.')
     one_hot = lambda mask: mask[:, None] == np.arange(k, dtype=np.uint8)[:, None, None]
     masks = {} if scenes.mask is None else {'masks': one_hot(scenes.mask).astype(np.uint8)[..., None]*255}
     return {'imgs': scenes.image.transpose(0, 2, 3, 1)} | masks | {name: _join(scenes.factors, columns) for name, columns in _tables(scenes.factors).items()}

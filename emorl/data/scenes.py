@@ -73,25 +73,31 @@ def concat(
 
 # %% ../../nbs/api/16_scenes.ipynb #1103b668
 def index_map(
-    masks,               # Array [n k h w], 0 where the entity is not seen
+    masks,               # Array [n k h w]: 0 where the entity is not seen, and where it is, 255 or, in all masks of the scene, 1
     where:str='mask',    # What these are, for the error
     first:int=0,         # Number of the first of them, for the error
 )->UInt8[np.ndarray, 'n h w']:
-    "Which entity is seen at each pixel; an `EmorlError` if the masks are no partition, or one of them has more than one value beside 0."
+    "Which entity is seen at each pixel; an `EmorlError` if the masks are no partition, or hold other numbers."
     masks = np.asarray(masks)
     n, k, h, w = masks.shape
     if k > 255: raise EmorlError(f'{where} {first}: an index map of bytes holds at most 255 entities, not {k}.')
-    owners, index = np.zeros((n, h, w), np.uint8), np.zeros((n, h, w), np.uint8)
+    owners, index, soft = np.zeros((n, h, w), np.uint8), np.zeros((n, h, w), np.uint8), np.zeros(n, bool)
+    top = np.where(masks.max((1, 2, 3), initial=0) == 255, 255, 1).astype(masks.dtype)[:, None, None]
     for i in range(k):
-        seen, tops = (masks[:, i] != 0).view(np.uint8), masks[:, i].max((1, 2), initial=0)
-        if (bad := np.flatnonzero((seen.astype(bool) & (masks[:, i] != tops[:, None, None])).any((1, 2)))).size:
-            soft = masks[bad[0], i][(masks[bad[0], i] != 0) & (masks[bad[0], i] != tops[bad[0]])][0]
-            raise EmorlError(f'{where} {first + bad[0]}: the mask of entity {i} is soft; it holds {soft} beside 0 and {tops[bad[0]]}, where 0 and one other value are expected.')
+        seen = masks[:, i] == top
+        soft |= (seen != (masks[:, i] != 0)).any((1, 2))
         owners += seen; index += seen*np.uint8(i)
+    if soft.any(): raise EmorlError(_soft(masks[soft][0], f'{where} {first + soft.argmax()}'))
     if (bad := np.flatnonzero((owners != 1).any((1, 2)))).size:
         m, (y, x) = bad[0], np.argwhere(owners[bad[0]] != 1)[0]
         raise EmorlError(f'{where} {first + m}: the masks are no partition; {owners[m, y, x]} of {k} entities own the pixel in row {y}, column {x}.')
     return index
+
+def _soft(masks, where):
+    "What is said of the masks of a scene that hold other numbers than they may."
+    held = [f'{v:g}' for v in np.unique(masks)]
+    more = f' and {len(held) - 4} more numbers' if len(held) > 4 else ''
+    return f'{where}: masks hold 0 and 255, or 0 and 1; these hold {", ".join(held[:4])}{more}.'
 
 # %% ../../nbs/api/16_scenes.ipynb #c8a004e9
 class SceneDataset(Protocol):

@@ -22,7 +22,7 @@ from ..encoder import Encoder
 from ..likelihood import likelihoods
 from .slot_model import Draw, ModelConfig, SlotModel
 from ..objective import Elbo, Geco, step_weights
-from ..painting import paint, paint_plain
+from ..painting import painter
 from ..prior import ConditionalPrior, hierarchical_kl
 from ..refinement import Refiner
 
@@ -117,12 +117,13 @@ def infer(self:EfficientMORL,
     plain:bool=False,                # As published: leave every decode to autograd (slow; the oracle)
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
+    coarse:int=1,                    # Pixels a side that are painted as one, see `coarsely`
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
     num_refinements = c.num_refinements if num_refinements is None else num_refinements
     num_slots, num_layers = num_slots or c.num_slots, c.num_layers if num_layers is None else num_layers
-    draw, painting = Draw(noise, sample), partial(paint_plain, precision=precision) if plain else partial(paint, train=train, decode_chunk=decode_chunk, precision=precision)
+    draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse)
     posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw, precision)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None
@@ -143,7 +144,6 @@ def infer(self:EfficientMORL,
         if i == num_refinements: return
         with torch.set_grad_enabled(train):
             before, (posterior, state) = posterior, self.refiner(posterior, gradient, state)
-            slots, norm = draw(posterior), _update_norm(posterior, before)
-            eps = draw.last
+            slots, norm, eps = draw(posterior), _update_norm(posterior, before), draw.last
 
 EfficientMORL.infer = infer

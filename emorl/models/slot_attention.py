@@ -22,7 +22,7 @@ from ..layers import mlp
 from ..likelihood import squared_error
 from .slot_model import Draw, ModelConfig, SlotModel
 from ..objective import Elbo
-from ..painting import paint, paint_plain
+from ..painting import painter
 
 # %% ../../nbs/api/31_slot_attention.ipynb #d5c258d8
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def infer(self:SlotAttention,
     plain:bool=False,                # Leave the decode to autograd
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
+    coarse:int=1,                    # Pixels a side that are painted as one, see `coarsely`
 )->Iterator[Step]:                   # One
     "Slots of images (Locatello et al. 2020, algorithm 1)."
     c, train = self.config, torch.is_grad_enabled()
@@ -92,7 +93,7 @@ def infer(self:SlotAttention,
     for _ in range(iterations):
         slots, attention = self.iterate(slots, keys, values)
         layers.append(Layer(PointSlots(slots), attention, slots, zero))
-    nll, recon = (partial(paint_plain, precision=precision) if plain else partial(paint, train=train, decode_chunk=decode_chunk, precision=precision))(self.decoder, self.likelihood, slots, image)
+    nll, recon = painter(plain, train, decode_chunk, precision, coarse)(self.decoder, self.likelihood, slots, image)
     yield Step(PointSlots(slots), slots, recon.detach(), nll, zero, layers[-1].attention.detach().unflatten(-1, grid.shape[1:3]), tuple(layers))
 
 SlotAttention.infer = infer
