@@ -72,7 +72,8 @@ class BroadcastDecoder(nn.Module):
         self.factored = True # Use the identities above in the first layer
         self.beside = max(widths[1:], default=0) <= 32 # Whether a pixel's channels lie side by side in memory
         xavier_(self, gain)
-        xavier_(self.position, gain*position_gain); xavier_(self.convs[0], gain*first_gain)
+        xavier_(self.position, gain*position_gain)
+        with torch.no_grad(): self.convs[0].weight *= first_gain
 
     def forward(self,
         slots:Float[Tensor, 'b k d'], # Slots of each image

@@ -8,7 +8,6 @@ __all__ = ['SlotAttentionConfig', 'SlotAttention', 'infer']
 # %% ../../nbs/api/31_slot_attention.ipynb #f5855cc3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
