@@ -368,7 +368,7 @@ def emorl_data(
     if settings and action != 'make': raise EmorlError(f'Only make takes options of a dataset; got --{next(iter(settings))}.')
     if action == 'make':
         if not out: raise EmorlError('Say where to write the file: --out FILE.h5')
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in ((k, read_value(v)) for k, v in settings.items())} | ({'size': (size, size) if isinstance(size, int) else tuple(size)} if size else {})
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in ((k, read_value(v)) for k, v in settings.items())} | ({'size': (size, size) if isinstance(size, int) else tuple(size)} if size is not None else {})
         make_dataset(source, num, out, 320 if num_test is None else num_test, seed, bar, processes, **options)
     elif action == 'convert':
         if not to: raise EmorlError('Say what to write: emorl_data convert SOURCE FILE.h5')

@@ -226,7 +226,7 @@ def reset(self:Session):
 
 def beside(self:Session, choice:Choice):
     "Have another image at hand, with its last estimate."
-    new, _ = self.infer(choice), self.decoder
+    new, _ = self.infer(choice), self.decoder # which refuses a model that cannot paint, before anything changes
     second, self.kind = scene_of(new.image, list(new.steps.values())[-1]), None
     for step in self.now.steps: self.states_at(step).append((self.states_at(step)[-1][0], second))
 
