@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decays', 'best_of', 'TrainConfig', 'learning_rate', 'planned', 'step_noise', 'train_step', 'Average',
            'make_accelerator', 'idles', 'as_launched', 'free_port', 'launch', 'memory_mb', 'Run', 'differences',
-           'keep_buffers', 'check_plan', 'fit']
+           'keep_buffers', 'check_plan', 'fit', 'Diverged']
 
 # %% ../nbs/api/60_train.ipynb #9fbddfae
 import ctypes, gc, json, math, os, resource, signal, socket, sys, threading, time, warnings
@@ -481,10 +481,13 @@ def _one_step(run, scenes):
     run.step += 1
     return log
 
+class Diverged(EmorlError):
+    "More steps had to be skipped than the plan allows."
+
 def _skip(run, images, log):
     "Keep a step that was skipped, and give up after too many."
     run.save_bad(images, log)
     run.skipped += 1
     if run.skipped > run.config.max_skips:
-        raise EmorlError(f'Step {run.step} would have been number {run.skipped} to be skipped: loss {log["total_loss"]:.4g}, gradient norm {log["grad_norm"]:.4g}. A lower learning rate or a larger pixel std may help.'
+        raise Diverged(f'Step {run.step} would have been number {run.skipped} to be skipped: loss {log["total_loss"]:.4g}, gradient norm {log["grad_norm"]:.4g}. A lower learning rate or a larger pixel std may help.'
                          + f' States and batches are in {run.out}/bad.'*bool(run.out))
