@@ -127,7 +127,15 @@ _tetrominoes_cpu = Experiment('tetrominoes_cpu', 'tetrominoes',
     TrainConfig(num_steps=5200, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), average=.99,
         eval_every=650, save_every=1300))
 
-presets = {e.name: e for e in (*_published, _tetrominoes_cpu)}
+# %% ../nbs/api/70_presets.ipynb #3def0fa3
+def _gpu(e, more=4):
+    "A published run in batches `more` times as large, compiled and in bfloat16."
+    t = e.train
+    fewer = {k: getattr(t, k)//more for k in ('num_steps', 'warmup', 'half_life', 'eval_every', 'save_every')}
+    return replace(e, name=f'{e.name}_gpu', train=replace(t, batch_size=t.batch_size*more, lr=t.lr*more**.5, refinements=tuple((s//more, i) for s, i in t.refinements),
+                                                          compile=True, channels_last=True, precision='bf16', workers=4, **fewer))
+
+presets = {e.name: e for e in (*_published, _tetrominoes_cpu, *map(_gpu, _published[:5]))}
 
 def experiment(
     name:str|Path,  # Name of a preset, or a JSON file

@@ -98,7 +98,7 @@ def tests(*which):
     return passed
 
 def wheel():
-    "a wheel builds from the source distribution, installs in an empty environment and imports"
+    "a wheel builds from the source distribution, installs in an empty environment, imports and trains"
     with copy_of_tree() as tree:
         run(sys.executable, '-m', 'build', '.', cwd=tree)
         built, python = next((tree/'dist').glob('*.whl')), tree.parent/'empty/bin/python'
@@ -111,7 +111,8 @@ def wheel():
         run(python, '-m', 'pip', 'install', '-qq', built)
         run(python, '-c', 'import emorl, importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(emorl.__path__, "emorl.")]', cwd=tree.parent)
         run(python, '-c', 'from emorl.checkpoint import load; load("tetrominoes_cpu")', cwd=tree.parent) # the model that ships
-        for script in cfg['console_scripts'].split()[:1]: run(python.with_name(script.split('=')[0]), '--help', cwd=tree.parent)
+        run(python.with_name('emorl_train'), 'tetrominoes_cpu', '--num-steps', '20', '--out', 'run', cwd=tree.parent)
+        if not list(tree.parent.glob('run/checkpoints/step-*')): raise Failed('The installed emorl_train left no checkpoint.')
 
 def demo():
     "`make demo STEPS=20` leaves a checkpoint, metrics, results and a picture"
