@@ -37,7 +37,7 @@ class EmorlConfig(ModelConfig):
     gain:float = .02              # Xavier gain of all linear and convolution layers
     raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
-    decoder:str = 'small'         # 'small', 'iodine' or 'big'
+    decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', see `FrameDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
     likelihood:str = 'gaussian'   # 'gaussian' or 'mixture'
     std:float = .3                # Pixel noise
