@@ -150,7 +150,8 @@ def shown(cell):
     tags = ['remove-input']*(says.get('echo') == 'false' or not text) + ['hide-input']*fold + ['remove-output']*(says.get('output') == 'false')
     outputs = [o for o in cell['outputs'] if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
     if len(outputs) < len(cell['outputs']): outputs.append(dict(output_type='display_data', metadata={}, data={'text/markdown': '*Here stands a widget when the notebook runs.*'}))
-    return cell | dict(source=text, outputs=outputs, metadata={'tags': tags})
+    said = [a for o in outputs if (a := o.get('metadata', {}).get('image/png', {}).get('alt'))] # myst-nb looks for it at the cell, not at the output
+    return cell | dict(source=text, outputs=outputs, metadata={'tags': tags} | ({'mystnb': {'image': {'alt': ' '.join(said)}}} if said else {}))
 
 def toctree(caption, *patterns): return ['```{toctree}', f':caption: {caption}', ':hidden:', ':glob:', *patterns, '```']
 

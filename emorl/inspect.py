@@ -7,7 +7,7 @@ __all__ = ['board_rows', 'numbers_table', 'SlotInspector', 'board_picture', 'on_
            'serve']
 
 # %% ../nbs/api/61_inspect.ipynb #75394687
-import base64, html, io, math, os, random, signal, socket, subprocess, sys, tempfile, threading
+import base64, html, io, math, os, random, signal, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -37,8 +37,8 @@ _error_gain = 4
 def _scene_row(session, recon):
     "Tiles of the whole scene."
     image, step = session.now.image, session.now.steps[session.step]
-    fine = max(1, round(104/image.shape[-1]))                # so that a line is a pixel or two of the screen, and keeps its colour
-    panels = {'image': image[0], 'outlined': outline(image, recon.masks.cpu(), fine)[0], 'edited' if session.edited else 'reconstruction': recon.image[0],
+    fine = max(1, round(104/image.shape[-1]))                # so that two pixels are about two of the screen, and a line keeps its colours
+    panels = {'image': image[0], 'outlined': outline(image, recon.masks.cpu(), fine, 2)[0], 'edited' if session.edited else 'reconstruction': recon.image[0],
               f'error x {_error_gain}': 1 - ((recon.image.cpu() - image).abs().mean(1)[0]*_error_gain).clamp(max=1), 'masks': mask_image(recon.masks)[0]}
     if step.attention is not None: panels['attention'] = mask_image(step.attention)[0]
     return [tile(p, f'scene/{n}', n, f'{n}, step {session.step}') for n, p in panels.items()]
@@ -108,7 +108,7 @@ class _Knobs:
         self.board, self.numbers, self.facts = Board(size=size), widgets.HTML(), widgets.HTML()
         self.slot = widgets.ToggleButtons(options=[('slot 0', 0)], style={'button_width': 'auto'})
         self.sliders, self.latents = widgets.VBox(), [widgets.FloatSlider(description='latent', readout_format='.2f', continuous_update=True, layout={'width': '26em'}) for _ in range(num_latents)]
-        for slider in self.latents: slider.slot = slider.latent = slider.placed = None
+        for slider in self.latents: slider.slot, slider.latent, slider.placed = None, None, []
         self.remove, self.duplicate = _button('remove', 'Take the selected slot away'), _button('duplicate', 'Double the selected slot')
         self.undo, self.reset = _button('undo', 'Take the last change back'), _button('reset', 'Back to the slots as inferred')
         self.other, self.beside = _integer(0, 'second', n - 1), _button('put beside', 'Have a second image at hand')
@@ -137,7 +137,7 @@ class SlotInspector(widgets.VBox):
         ranges=None,                 # Lowest and highest value of each latent [d 2]; None: measured on 100 images when first needed
         size:int=104,                # Width of a picture in the browser's pixels
     ):
-        self.session, self.ranges, self.ranked, self.best, self.picture, self.wants_beside = Session(model, dataset), ranges, None, [], None, False
+        self.session, self.ranges, self.ranked, self.best, self.picture, self.wants_beside, self.wants_slot = Session(model, dataset), ranges, None, [], None, False, None
         self.knobs, self.lock, self.arranger = _Knobs(self.session, index, num_latents, size), threading.RLock(), None
         self.refresh, self.rank = Background(self._refresh), Background(self._rank)
         self._connect()
@@ -189,7 +189,10 @@ def _show(self):
     k, s = self.knobs, self.session
     with self._arranging():
         if self._offer(k.step, [(n, n) for n in s.now.steps], s.step): k.play.max = len(s.now.steps) - 1; k.play.value = k.step.index # a page that opens takes the step from `play`
-        self._offer(k.slot, [(f'slot {i}', i) for i, p in enumerate(s.scene.present) if p], k.slot.value)
+        here = [i for i, p in enumerate(s.scene.present) if p]
+        self._offer(k.slot, [(f'slot {i}', i) for i in here], k.slot.value)
+        if self.wants_slot in here: k.slot.value = self.wants_slot
+        self.wants_slot = None
         if s.other: self._offer(k.other_slot, [(f'its slot {i}', i) for i in range(len(s.other.present))], k.other_slot.value)
         self._place()
     k.board.rows = board_rows(s, self.selected, k.other_slot.value)
@@ -240,8 +243,9 @@ def _place(self):
         slider.latent, slider.slot, slider.description = latent, self.selected, f'latent {latent}'
         (lo, hi), value = map(float, self.ranges[latent]), float(scene.slots[self.selected, latent])
         lo, hi = min(lo, value), max(hi, value)
-        if (slider.min, slider.max) != (lo, hi) or value not in (slider.value, slider.placed):
-            with slider.hold_sync(), slider.hold_trait_notifications(): slider.placed, slider.min, slider.max, slider.step, slider.value = value, lo, hi, (hi - lo)/100 or 1., value # in one message
+        if (slider.min, slider.max) != (lo, hi) or value not in (slider.value, *(v for _, v, _ in slider.placed[-1:])):
+            slider.placed = [*slider.placed[-3:], (time.monotonic(), value, step := (hi - lo)/100 or 1.)]
+            with slider.hold_sync(), slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = lo, hi, step, value # in one message
     if k.sliders.children != tuple(shown): k.sliders.children = shown
 
 SlotInspector._rank, SlotInspector._place = _rank, _place
@@ -286,12 +290,17 @@ def _put_beside(self, _): self.wants_beside = True; self.refresh()
 def _uploaded(self, change):
     if change.new: self.picture = bytes(change.new[0]['content']); self.knobs.upload.value = (); self.refresh()
 
+def _is_answer(slider, value):
+    "Whether a browser only sends back what was placed, rounded to its steps; maybe late, when the next value is placed already."
+    fresh = slider.placed and time.monotonic() - slider.placed[-1][0] < 5
+    return any(abs(value - min(max(v, slider.min), slider.max)) <= .501*step for _, v, step in slider.placed[0 if fresh else -1:])
+
 def _moved(self, change):
     "A slider of a latent was moved."
     slider = change.owner
-    with self.lock: rounded = slider.placed is not None and abs(change.new - slider.placed) <= .501*slider.step # A browser rounds what was placed to its steps: no edit
-    if slider.slot != self.selected or rounded: return
-    slider.placed = None
+    with self.lock: answer = _is_answer(slider, change.new)
+    if slider.slot != self.selected or answer: return
+    slider.placed = []
     self._do('set_latent', slider.slot, slider.latent, change.new)
 
 def _rest_blend(self, _=None):
@@ -300,9 +309,8 @@ def _rest_blend(self, _=None):
         with self._arranging(): self.knobs.blend.value = 0
 
 def _duplicate(self):
-    "Double the selected slot, and select the copy."
-    copy = self._do('duplicate', self.selected)
-    if copy is not None: self.refresh.wait(); self.knobs.slot.value = copy
+    "Double the selected slot, and have the copy selected when it is drawn."
+    with self.lock: self.wants_slot = self._do('duplicate', self.selected)
 
 def _clicked(self, change):
     "Select the slot that was clicked, or the one that owns the pixel."
@@ -366,7 +374,10 @@ def free_port(port:int=0)->int:
         return s.getsockname()[1]
 
 _template = """{%- extends 'voila/templates/lab/index.html.j2' -%}
-{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net', 'data:text/css,') }}{%- endblock notebook_css -%}
+{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net', 'data:text/css,') }}
+{{ resources.include_css("static/theme-dark.css") | replace('rel="stylesheet"', 'rel="stylesheet" media="(prefers-color-scheme: dark)"') }}
+<style>:root { color-scheme: light dark }</style>
+{%- endblock notebook_css -%}
 """
 
 def _voila(folder, notebook, port, open_browser):

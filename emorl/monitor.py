@@ -110,7 +110,7 @@ class RefinementExplorer(widgets.VBox):
         self.index, self.seed = number(index, 'image', len(dataset) - 1), number(0, 'seed', 2**31 - 1)
         self.num_refinements = number(2*c.num_refinements if num_refinements is None else num_refinements, 'refinements', 50)
         self.step = widgets.IntSlider(0, 0, 0, description='estimate')
-        self.tracks, self.changes, self.message = *(widgets.Image(format='png', layout={'align_self': 'flex-start'}) for _ in range(2)), widgets.HTML()
+        self.tracks, self.changes, self.message = (widgets.HTML() for _ in range(3)) # `widgets.Image` has no place for the sentence of a figure
         self.refresh = Background(self._refresh)
         for w in (self.index, self.seed, self.num_refinements, self.step): w.observe(self.refresh, 'value')
         super().__init__([widgets.HBox([self.index, self.seed, self.num_refinements, self.step]), self.message, self.tracks, self.changes])
@@ -123,7 +123,7 @@ class RefinementExplorer(widgets.VBox):
             now = self.session.infer(Choice(self.index.value, None, self.seed.value, None, None if self.num_refinements.value == own else self.num_refinements.value))
             self.step.max = len(now.steps) - 1
             moves = movements(self.session.model, now.image, now.steps)
-            self.tracks.value, self.changes.value = (f._repr_png_() for f in (show_movements(moves, now.steps, self.step.value), show_changes(now.image, now.steps)))
+            self.tracks.value, self.changes.value = (f.html() for f in (show_movements(moves, now.steps, self.step.value), show_changes(now.image, now.steps)))
             self.message.value = ''
         except Exception as e: self.message.value = f'<b role="alert" style="color:#D55E00">{html.escape(str(e).split(chr(10))[0] or type(e).__name__)}</b>'
 
@@ -144,7 +144,7 @@ class TrainingMonitor(widgets.VBox):
         patience:float=600.,   # Seconds without anything new after which it stops looking
     ):
         self.run, self.every, self.patience, self.steps, self.constraint, self.events = Path(run), every, patience, None, None, None
-        self.picture, self.message = widgets.Image(format='png', layout={'align_self': 'flex-start'}), widgets.HTML()
+        self.picture, self.message = widgets.HTML(), widgets.HTML()
         self.live = widgets.ToggleButton(value=False, description='watch', tooltip='Look again every few seconds')
         self.stopped, self.refresh = threading.Event(), Background(self.draw)
         self.live.observe(self._toggle, 'value')
@@ -163,7 +163,7 @@ class TrainingMonitor(widgets.VBox):
             steps = sum(len(x) for x, _ in curves.values())
             if steps == self.steps: return False
             if self.constraint is None and 'geco_beta' in curves: self.constraint = geco_constraint(self.run)
-            self.picture.value, self.steps = show_training(curves, self.constraint)._repr_png_(), steps
+            self.picture.value, self.steps = show_training(curves, self.constraint).html(), steps
             self.message.value = f'{html.escape(self.run.name)}, step {max(int(x[-1]) for x, _ in curves.values()):,}'
             return True
         except Exception as e: self.message.value = f'<b role="alert" style="color:#D55E00">{html.escape(str(e).split(chr(10))[0] or type(e).__name__)}</b>'

@@ -10,6 +10,7 @@ __all__ = ['Picture', 'show_images', 'slot_colors', 'mask_image', 'outline', 'sl
 # %% ../nbs/api/2B_viz.ipynb #321e3edf
 import base64, colorsys, io, json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ class Picture(Figure):
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The picture, with its sentence where notebooks and pages made from them look for it."
         return {'image/png': base64.b64encode(self._repr_png_()).decode(), 'text/plain': self.alt or repr(self)}, {'image/png': {'alt': self.alt}}
+    def html(self):
+        "The picture and its sentence for a widget, no wider than there is room."
+        return f'<img style="max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(self._repr_png_()).decode()}">'
 
 # %% ../nbs/api/2B_viz.ipynb #3cbf52ad
 _ink, _font, _line, _gap = '#767676', 9, .155, .06  # colour of text and frames; points; inches per line of text; inches between panels
@@ -124,7 +128,8 @@ def mask_image(
 def outline(
     image:Float[Tensor, 'b c h w'],  # Scenes in [0,1]
     masks,                           # Their masks [b k 1 h w] or [b k h w], or integer labels [b h w]
-    scale:int=8,                     # Pixels a side that one pixel becomes; a quarter of it is a line's width on each side
+    scale:int=8,                     # Pixels a side that one pixel becomes
+    width:int=None,                  # Of the line on each side, in those pixels; None: a quarter of `scale`
 )->Float[Tensor, 'b 3 sh sw']:       # The enlarged scenes
     "Scenes with a line around what each slot owns."
     labels = torch.as_tensor(to_index(masks), device=image.device)
@@ -132,7 +137,7 @@ def outline(
     enlarge = lambda x: x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     image, labels = enlarge(image.detach().float().expand(-1, 3, -1, -1)), enlarge(labels)
     edge = torch.zeros_like(labels, dtype=torch.bool)
-    for d in range(1, max(1, scale//4) + 1):
+    for d in range(1, (width or max(1, scale//4)) + 1):
         down, right = labels[:, d:] != labels[:, :-d], labels[..., d:] != labels[..., :-d]
         edge[:, d:] |= down; edge[:, :-d] |= down; edge[..., d:] |= right; edge[..., :-d] |= right
     return torch.where(edge[:, None], mask_image(labels), image)
@@ -365,7 +370,7 @@ def _smooth(y):
 
 def _curve(ax, x, y, color, label=''):
     ax.plot(x, y, color=color, lw=.6, alpha=.45); ax.plot(x, (mean := _smooth(y)), color=color, lw=1.6)
-    ax.annotate(label, (x[-1], mean[-1]), (3, 0), textcoords='offset points', va='center', color=_ink, fontsize=_font - 1)
+    ax.annotate(label, (1, mean[-1]), (3, 0), ('axes fraction', 'data'), 'offset points', va='center', color=_ink, fontsize=_font - 1)
 
 def _limits(ax, ys, also=()):
     y = np.concatenate([np.concatenate(ys), also]); y = y[np.isfinite(y)]

@@ -81,6 +81,12 @@ def until(condition, what, seconds=30):
 def keep(page, name):
     if folder := os.environ.get('EMORL_SCREENSHOTS'): page.screenshot(path=Path(folder)/name)
 def button(page, text): return page.get_by_role('button', name=text, exact=True)
+contrast = r"""selector => { // of the text that is hardest to read, against what it stands on (WCAG asks for 4.5)
+  const parts = s => s.match(/[\d.]+/g).map(Number)
+  const light = s => parts(s).slice(0, 3).map(c => (c /= 255) <= .04045 ? c/12.92 : ((c + .055)/1.055)**2.4).reduce((sum, c, i) => sum + c*[.2126, .7152, .0722][i], 0)
+  const under = e => { while (e && parts(getComputedStyle(e).backgroundColor)[3] === 0) e = e.parentElement; return e ? getComputedStyle(e).backgroundColor : 'rgb(255, 255, 255)' }
+  const of = e => { const [a, b] = [light(getComputedStyle(e).color), light(under(e))]; return (Math.max(a, b) + .05)/(Math.min(a, b) + .05) }
+  return Math.min(...[...document.querySelectorAll(selector)].filter(e => e.offsetParent && !e.disabled).map(of)) }"""
 def slider(page, row): return page.locator(f'.widget-slider:has(label:text-is("{row}")) .noUi-handle')
 
 @pytest.fixture(scope='module')
@@ -111,7 +117,18 @@ def test_page_loads(opened):
     assert p.locator('.widget-slider:has(label:text-is("step")) .widget-readout').inner_text() == 'I3', 'the last step, not the one that a play button starts from'
     drawn = p.locator('.emorl-tile img').first.evaluate('i => [i.complete, i.naturalWidth]')
     assert drawn == [True, 35]
+    assert all(p.locator('img').evaluate_all('all => all.map(i => i.alt)')), 'every picture says what it shows'
     keep(p, 'inspector.png')
+
+def test_a_dark_browser_gets_a_dark_page(opened):
+    p = opened.page
+    for scheme in ('dark', 'light'):
+        p.emulate_media(color_scheme=scheme)
+        ground = p.evaluate('getComputedStyle(document.body).backgroundColor')
+        assert (int(re.search(r'\d+', ground)[0]) > 127) == (scheme == 'light'), f'{scheme}: the page is {ground}'
+        for text in ('.emorl-label', '.emorl-tile > span', '.widget-label', '.widget-readout', '.widget-html-content', 'td', 'button.jupyter-button', 'input', 'select'):
+            assert p.evaluate(contrast, text) > 4.5, f'{scheme}: {text}'
+        keep(p, f'inspector-{scheme}.png')
 
 def test_step_slider_changes_the_picture(opened):
     p = opened.page
@@ -156,6 +173,16 @@ def test_a_click_on_a_pixel_selects_its_owner(opened):
         until(lambda: chosen() == f'slot {session.owner(x*35//104, y*35//104)}', 'the slot that owns this corner')
     p.locator('.emorl-tile').nth(7).focus(); p.keyboard.press('Enter')
     until(lambda: chosen() == p.locator('.emorl-tile > span').nth(7).inner_text(), 'the keyboard selects a slot too')
+    time.sleep(1) # sliders were placed anew for every slot, and the browser has answered with what it rounded
+    assert 'reconstruction' in titles(p, 'scene'), 'nothing was edited by only looking'
+
+def test_looking_is_no_edit(opened):
+    p = opened.page
+    tiles = p.locator('.emorl-row:has(.emorl-label:text-is("slots")) .emorl-tile')
+    for _ in range(8): # faster than the browser answers
+        for k in (1, 2, 0): tiles.nth(k).click(); time.sleep(.08)
+        time.sleep(.8)
+        assert 'reconstruction' in titles(p, 'scene')
 
 def files(pixels):
     file = io.BytesIO(); Image.fromarray(pixels).save(file, 'PNG')

@@ -69,6 +69,8 @@ def test_cells_as_a_reader_sees_them(rooms):
     assert shown(code('import a\nfrom b import c'))['metadata']['tags'] == ['hide-input'] and shown(code('%pip x'))['metadata']['tags'] == []
     widget = dict(output_type='display_data', metadata={}, data={'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'Box()'})
     assert [list(o['data']) for o in shown(code('x', [widget]))['outputs']] == [['text/markdown']]
+    picture = dict(output_type='execute_result', metadata={'image/png': {'alt': 'A cat.'}}, data={'image/png': ''})
+    assert shown(code('x', [picture]))['metadata']['mystnb'] == {'image': {'alt': 'A cat.'}} and 'mystnb' not in shown(code('x'))['metadata']
 
 @pytest.mark.parametrize('link, new', [
     ('[a](nbs/api/00_core.ipynb#words)', '[a](/api/00_core.ipynb#words)'), ('![a](nbs/inspector.png)', '![a](/inspector.png)'), ('[a](Makefile)', '[a](HOST/blob/main/Makefile)'),
@@ -114,6 +116,7 @@ def test_the_book_is_whole(tmp_path):
     assert checked.returncode == 0, checked.stdout + checked.stderr
     text = (out/'api/13_objective.html').read_text(encoding='utf-8')
     assert 'id="emorl-objective-step-weights"' in text and 'default_exp' not in text and 'fastcore.test' not in text
+    assert 'alt="Two scenes; every rectangle is outlined in the colour of its slot."' in (out/'api/2B_viz.html').read_text(encoding='utf-8')
 
 # ---- what stands around it
 

@@ -82,6 +82,15 @@ def test_sliders_follow_the_slot_and_keep_ranges(inspector):
         for x in k.latents: assert x.slot == slot and x.value == pytest.approx(s.scene.slots[slot, x.latent].item()) and x.min <= -3 and x.max >= 3
     assert not s.edited
 
+def test_an_answer_that_comes_late_is_no_edit(inspector):
+    k, s = inspector.knobs, inspector.session
+    before = [(x.value, x.step) for x in k.latents]
+    k.slot.value = 1; inspector.wait()
+    for x, (v, step) in zip(k.latents, before): x.value = v + .4*step # a browser's rounding of what slot 0 had
+    inspector.wait(); assert not s.edited
+    k.latents[0].value = k.latents[0].max; k.latents[0].value = before[0][0]; inspector.wait()
+    assert s.edited and s.scene.slots[1, k.latents[0].latent].item() == pytest.approx(k.latents[0].value), 'a hand may go there'
+
 def test_remove_duplicate_undo_reset(inspector):
     k, s = inspector.knobs, inspector.session
     k.slot.value = 1; k.remove.click(); inspector.wait()
@@ -95,6 +104,13 @@ def test_remove_duplicate_undo_reset(inspector):
         k.remove.click(); inspector.wait()
     assert 'last slot' in k.message.value and len(keys(inspector)) == 1
     k.undo.click(); inspector.wait(); assert k.message.value == '' and len(keys(inspector)) == 2
+
+def test_a_click_never_waits_for_the_background(inspector):
+    k, held, draw = inspector.knobs, threading.Event(), inspector.refresh.work
+    inspector.refresh.work = lambda: (held.wait(30), draw())
+    began = time.perf_counter(); k.duplicate.click(); assert time.perf_counter() - began < 5 and k.slot.value == 0
+    held.set(); inspector.wait(); assert k.slot.value == 3 == inspector.selected and keys(inspector)[-1] == 'slot/3'
+    k.duplicate.click(); k.undo.click(); inspector.wait(); assert k.slot.value == 3 and k.message.value == '', 'a copy that is gone again is not selected'
 
 def test_second_image(inspector):
     k, s = inspector.knobs, inspector.session
