@@ -18,10 +18,11 @@ def slot_attention(
     queries:Float[Tensor, 'b k d'], # One per slot, already scaled
     keys:Float[Tensor, 'b n d'],    # One per position
     values:Float[Tensor, 'b n d'],  # One per position
+    shrinkage:float=0.,             # Weight of nothing in each mean, as a share of all positions
 )->tuple[Float[Tensor, 'b k d'], Float[Tensor, 'b k n']]: # Updates, attention
-    "Attention normalised over slots; each slot gets the weighted mean of the values (Locatello et al. 2020, eq. 1-2)."
+    "Attention normalised over slots; each slot gets the weighted mean of the values (Locatello et al. 2020, eq. 1-2), drawn to zero by `shrinkage`."
     attention = (queries @ keys.mT).softmax(1) + 1e-8
-    return (attention/attention.sum(-1, keepdim=True)) @ values, attention
+    return (attention/(attention.sum(-1, keepdim=True) + shrinkage*keys.shape[1])) @ values, attention
 
 # %% ../nbs/api/22_attention.ipynb #57311aa1
 class BottomUp(nn.Module):
@@ -33,9 +34,10 @@ class BottomUp(nn.Module):
         gru_init:str='normal',# Initialisation of its weights
         gain:float=.02,       # Xavier gain of everything else
         raw_bias:float=0.,    # Where the raw scales start; published 0, a posterior std of .8
+        shrinkage:float=0.,   # See `slot_attention`
     ):
         super().__init__()
-        d = slot_size
+        d, self.shrinkage = slot_size, shrinkage
         self.loc, self.raw = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.ones(d))
         self.norm_slots, self.norm_loc, self.norm_raw = (nn.LayerNorm(d) for _ in range(3))
         self.to_q, self.to_k, self.to_v = (xavier_(nn.Linear(i, d, bias=False), gain) for i in (d, features, features))
@@ -50,7 +52,7 @@ class BottomUp(nn.Module):
     def update(self, below:SlotGaussian, slots:Float[Tensor, 'b k d'], keys, values)->tuple[SlotGaussian, Tensor]:
         "Posterior of the next layer, and the attention that led to it."
         queries = self.to_q(self.norm_slots(slots))*slots.shape[-1]**-.5
-        updates, attention = slot_attention(queries, keys, values)
+        updates, attention = slot_attention(queries, keys, values, self.shrinkage)
         loc, raw = (p.view_as(slots) for p in self.gru(*(t.flatten(0, 1) for t in (updates, below.loc, below.raw))))
         return SlotGaussian(loc + self.mlp_loc(self.norm_loc(loc)), raw + self.mlp_raw(self.norm_raw(raw))), attention
 

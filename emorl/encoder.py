@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         strides:tuple=(1, 1, 1, 1),    # Stride of each convolution
         channels:int=3,                # Of the image
         gain:float=.02,                # Xavier gain
+        position_gain:float=1.,        # Factor on what the grid's projection starts from
     ):
         super().__init__()
         if not len(widths) == len(kernels) == len(strides):
@@ -33,6 +34,7 @@ class Encoder(nn.Module):
         for (i, o), k, s in zip(pairwise((channels, *widths)), kernels, strides): layers += [nn.Conv2d(i, o, k, s, k//2), nn.ReLU(inplace=True)]
         self.convs, self.norm = xavier_(nn.Sequential(*layers), gain), nn.LayerNorm(widths[-1])
         self.position = PositionProjection(widths[-1])
+        with torch.no_grad(): self.position.weight *= position_gain; self.position.bias *= position_gain
         self.mix = xavier_(mlp(widths[-1], widths[-1], widths[-1]), gain)
 
     def forward(self,

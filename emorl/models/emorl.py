@@ -36,6 +36,7 @@ class EmorlConfig(ModelConfig):
     gru_init:str = 'normal'       # 'normal' (published for the dual GRU), 'xavier', 'torch'
     gain:float = .02              # Xavier gain of all linear and convolution layers
     raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
+    shrinkage:float = 0.          # Weight of nothing in what a slot is told, see `slot_attention`: slots learn that they are not needed
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
     decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', see `FrameDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
@@ -59,7 +60,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         super().__init__(config)
         c = config
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
-        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias)
+        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage)
         self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), Refiner(c.slot_size, c.gain)
         self.decoder = make_decoder(c.decoder, c.slot_size, **({'gain': c.gain} | c.decoder_options))
         self.likelihood = partial(lookup(c.likelihood, likelihoods, 'likelihood'), std=c.std)
