@@ -35,6 +35,8 @@ def rendered(root=root):
         c.metadata.tags = [k for k in ('echo', 'output') if says.get(k) == 'false'] + ['echo']*(not c.source)
     config = Config({'TagRemovePreprocessor': {'enabled': True, 'remove_input_tags': ['echo'], 'remove_all_outputs_tags': ['output']}})
     text, resources = MarkdownExporter(config=config).from_notebook_node(nb, {'output_files_dir': 'README_files', 'unique_key': 'README'})
+    said = iter([o.metadata.get('image/png', {}).get('alt', 'png') for c in nb.cells if c.cell_type == 'code' and 'output' not in c.metadata.tags for o in c.outputs if 'image/png' in o.get('data', {})])
+    text = re.sub(r'!\[png\]', lambda _: f'![{next(said)}]', text) # nbconvert calls every picture so
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip() + '\n'
     return {'README.md': text.encode(), **resources['outputs']}
 
