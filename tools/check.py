@@ -87,7 +87,7 @@ def tests(*which):
     "pytest: the house rules, the command line, files, processes"
     with tempfile.TemporaryDirectory() as d:
         xml, problem = Path(d)/'report.xml', None
-        try: run(sys.executable, '-m', 'pytest', '-q', '--color=no', '--durations=5', '-n', '2', '--dist', 'loadfile', f'--junitxml={xml}', *which, show=True, timeout=3600)
+        try: run(sys.executable, '-m', 'pytest', '-q', '--color=no', '--durations=5', '-n', '2', '--dist', 'loadfile', f'--junitxml={xml}', *which, show=True, timeout=3600 if which else 2400)
         except Failed as e: problem = str(e)
         suites = list(ElementTree.parse(xml).getroot().iter('testsuite')) if xml.exists() else []
     count = {k: sum(int(s.get(k)) for s in suites) for k in ('tests', 'failures', 'errors', 'skipped')}
