@@ -49,24 +49,27 @@ class BottomUp(nn.Module):
         "The learned Gaussian that every slot starts from."
         return SlotGaussian(*(p.expand(batch, num_slots, -1) for p in (self.loc, self.raw)))
 
-    def update(self, below:SlotGaussian, slots:Float[Tensor, 'b k d'], keys, values)->tuple[SlotGaussian, Tensor]:
+    def update(self, below:SlotGaussian, slots:Float[Tensor, 'b k d'], keys, values, places=None)->tuple[SlotGaussian, Tensor]:
         "Posterior of the next layer, and the attention that led to it."
         queries = self.to_q(self.norm_slots(slots))*slots.shape[-1]**-.5
         updates, attention = slot_attention(queries, keys, values, self.shrinkage)
         loc, raw = (p.view_as(slots) for p in self.gru(*(t.flatten(0, 1) for t in (updates, below.loc, below.raw))))
-        return SlotGaussian(loc + self.mlp_loc(self.norm_loc(loc)), raw + self.mlp_raw(self.norm_raw(raw))), attention
+        loc, raw = loc + self.mlp_loc(self.norm_loc(loc)), raw + self.mlp_raw(self.norm_raw(raw))
+        if places is not None: loc = torch.cat([slot_attention(queries, keys, places)[0], loc[..., places.shape[-1]:]], -1)
+        return SlotGaussian(loc, raw), attention
 
     def forward(self,
         features:Float[Tensor, 'b n f'], # From the encoder, positions flattened
         num_slots:int,                   # K
         num_layers:int,                  # L
         draw,                            # SlotGaussian to slots; the first call must be random, to tell slots apart
+        places:Float[Tensor, 'n 2']=None,# Where the positions are; None: slots are not anchored
     )->tuple[SlotGaussian, Tensor, tuple]: # Posterior and slots of the last layer, and all `Layer`s
         "Infer slots bottom-up. Without layers, the initial Gaussian is the posterior."
         posterior = self.initial(len(features), num_slots)
         slots, layers = draw(posterior), []
         if num_layers: keys, values = self.to_k(features), self.to_v(features)
         for _ in range(num_layers):
-            posterior, attention = self.update(posterior, slots, keys, values)
+            posterior, attention = self.update(posterior, slots, keys, values, places)
             layers.append(Layer(posterior, attention, slots := draw(posterior)))
         return posterior, slots, tuple(layers)

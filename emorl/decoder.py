@@ -132,9 +132,10 @@ class UpsamplingDecoder(nn.Module):
 def pixel_centres(
     height:int, width:int, # Size of the picture
     device=None, dtype=None,
+    shift:tuple=(0., 0.),  # Added to y and x: where the pixels of a sparse picture lie
 )->Float[Tensor, 'n 3']:   # y and x, each in [-1,1], and a one
     "Where the pixels of a picture are, row by row."
-    y, x = ((2*torch.arange(n, device=device, dtype=dtype or torch.get_default_dtype()) + 1)/n - 1 for n in (height, width))
+    y, x = ((2*torch.arange(n, device=device, dtype=dtype or torch.get_default_dtype()) + 1)/n - 1 + s for n, s in zip((height, width), shift))
     return torch.cartesian_prod(y, x, torch.ones_like(y[:1]))
 
 # %% ../nbs/api/21_decoder.ipynb #frame002
@@ -154,19 +155,20 @@ class FrameDecoder(nn.Module):
         for i, o in pairwise((*widths, 1)): layers += [nn.ReLU(inplace=True), nn.Linear(i, o)]
         self.to_mask = xavier_(nn.Sequential(*layers), gain)
         self.slot = xavier_(nn.Linear(slot_size, widths[0]), gain)
-        self.centre, self.extent, self.turn = (xavier_(nn.Linear(slot_size, n), g) for n, g in ((2, 1.), (1, 1.), (4, turn)))
+        self.centre, self.extent, self.turn = (xavier_(nn.Linear(slot_size, n), g) for n, g in ((2, .3), (1, 1.), (4, turn)))
         self.seen, self.place = (xavier_(nn.Linear(2, widths[0], bias=False), g) for g in (2., 1.))
         self.colour = xavier_(nn.Linear(slot_size, 3*channels), 1.)
-        with torch.no_grad(): self.colour.weight[:2*channels] *= slope
+        with torch.no_grad(): self.colour.weight[:2*channels] *= slope; self.centre.weight[:, :2] = torch.eye(2)
         nn.init.constant_(self.extent.bias, math.log(extent))
 
     def forward(self,
         slots:Float[Tensor, 'b k d'], # Slots of each image
         size:tuple,                   # Height and width of the image
+        shift:tuple=(0., 0.),         # See `pixel_centres`
     )->Reconstruction:
         "Paint every slot."
         s, (h, w) = slots.flatten(0, 1), size
-        pixels = pixel_centres(h, w, s.device, s.dtype)
+        pixels = pixel_centres(h, w, s.device, s.dtype, shift)
         with torch.autocast(s.device.type, enabled=False): # Few bits would round the places
             first, rgb = (pixels @ m.to(pixels) for m in (self._first(s), self.colour(s).unflatten(1, (3, -1))))
         logits, rgb = self.to_mask(first), rgb.sigmoid()

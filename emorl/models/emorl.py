@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from ..attention import BottomUp
 from ..core import SlotGaussian, Step, lookup
-from ..decoder import make_decoder
+from ..decoder import make_decoder, pixel_centres
 from ..distributions import slot_kl
 from ..encoder import Encoder
 from ..likelihood import likelihoods
@@ -37,6 +37,7 @@ class EmorlConfig(ModelConfig):
     gain:float = .02              # Xavier gain of all linear and convolution layers
     raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
     shrinkage:float = 0.          # Weight of nothing in what a slot is told, see `slot_attention`: slots learn that they are not needed
+    anchored:bool = False         # A slot's first two latents are where its attention lies, see `BottomUp`
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
     decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', see `FrameDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
@@ -85,7 +86,9 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
             posterior = self.bottom_up.initial(len(image), num_slots)
             return posterior, draw(posterior), (), None
         features = self.encoder(image, precision)
-        return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw), features.shape[1:3]
+        grid = features.shape[1:3]
+        places = pixel_centres(*grid, features.device, features.dtype)[:, :2] if self.config.anchored else None
+        return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw, places), grid
 
     def _hierarchical_kl(self, posterior, layers, draw):
         "KL of the first estimate (none without layers, as published), the layers with theirs, and the prior of the refined posterior."
@@ -119,12 +122,13 @@ def infer(self:EfficientMORL,
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
     coarse:int=1,                    # Pixels a side that are painted as one, see `coarsely`
+    sparse:tuple=(1, 0),             # One pixel of so many a side is painted, and the seed of which: see `sparsely`
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
     num_refinements = c.num_refinements if num_refinements is None else num_refinements
     num_slots, num_layers = num_slots or c.num_slots, c.num_layers if num_layers is None else num_layers
-    draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse)
+    draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse, sparse)
     posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw, precision)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None
