@@ -24,7 +24,7 @@ from .slot_model import Draw, ModelConfig, SlotModel
 from ..objective import Elbo, Geco, step_weights
 from ..painting import painter
 from ..prior import ConditionalPrior, hierarchical_kl
-from ..refinement import Refiner
+from ..refinement import refiners
 
 # %% ../../nbs/api/30_emorl.ipynb #36eb0886
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class EmorlConfig(ModelConfig):
     raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
     shrinkage:float = 0.          # Weight of nothing in what a slot is told, see `slot_attention`: slots learn that they are not needed
     anchored:bool = False         # A slot's first two latents are where its attention lies, see `BottomUp`
+    refiner:str = 'published'     # 'published', or 'natural', see `NaturalRefiner`
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
     decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', see `FrameDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
@@ -62,7 +63,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         c = config
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
         self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage)
-        self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), Refiner(c.slot_size, c.gain)
+        self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), lookup(c.refiner, refiners, 'refiner')(c.slot_size, c.gain)
         self.decoder = make_decoder(c.decoder, c.slot_size, **({'gain': c.gain} | c.decoder_options))
         self.likelihood = partial(lookup(c.likelihood, likelihoods, 'likelihood'), std=c.std)
         channels = self.encoder.convs[0].in_channels
@@ -117,7 +118,7 @@ def infer(self:EfficientMORL,
     num_layers:int=None,             # L; None: the configuration's
     sample:bool=True,                # False: posterior means after the initial draw
     noise:Iterable[Tensor]=None,     # Noise of every draw, each [b k d] or [b*k d]; None: fresh
-    gradient_batch:int=1,            # Divisor of each image's own gradient; training: the global batch
+    gradient_batch:int=1,            # Divisor of each image's own gradient, as published: the global batch while training
     plain:bool=False,                # As published: leave every decode to autograd (slow; the oracle)
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
@@ -142,7 +143,7 @@ def infer(self:EfficientMORL,
             nll, recon = painting(self.decoder, self.likelihood, slots, image)
             if i < num_refinements:
                 w_nll, w_kl = objective.weights
-                loss, params = (w_nll*nll + w_kl*kl).sum()/gradient_batch, (posterior.loc, posterior.raw)
+                loss, params = (w_nll*nll + w_kl*kl).sum()/(1 if self.refiner.per_image else gradient_batch), (posterior.loc, posterior.raw)
                 gradient = torch.autograd.grad(loss, params, retain_graph=train or i == 0, create_graph=train and plain)
         yield _record(train, posterior=posterior, slots=slots, recon=recon.detach(), nll=nll, kl=kl, attention=attention,
                       layers=layers if i == 0 else (), update_norm=norm, prior=prior if i else None)
