@@ -90,6 +90,8 @@ def load(
 # %% ../nbs/api/40_checkpoint.ipynb #0fc306f5
 def _trained(model): return [n for n, p in model.named_parameters() if p.requires_grad]
 
+_published_options = {'encoder': ({},), 'decoder_options': ({},), 'decoder': ('small', 'iodine', 'big'), 'shrinkage': (0.,), 'anchored': (False,), 'refiner': ('published',)} # What the published code knows of ours
+
 def import_published(
     path:str|Path,      # A `.pth` of the published code
     experiment:Mapping, # What it was trained as, in plain values: {'model': ..., 'train': ..., ...}
@@ -115,8 +117,8 @@ def export_published(
     "Write one of our checkpoints as the published code would have."
     c = load_checkpoint(folder := find_checkpoint(checkpoint), training=(folder/'training.pt').exists())
     model = build_model(c.config['model'])
-    if odd := [k for k in ('encoder', 'decoder_options') if getattr(model.config, k)]:
-        raise EmorlError(f'{folder} has {odd[0]} {getattr(model.config, odd[0])}; the published code knows only its own shapes.')
+    if odd := [(k, v) for k, known in _published_options.items() if (v := getattr(model.config, k, known[0])) not in known]:
+        raise EmorlError(f'{folder} has {odd[0][0]} {odd[0][1]}; the published code knows only its own models.')
     raw, optimizer = (c.training or {}).get('weights', c.model), None # with an average: the weights that the optimizer was moving
     if c.training and c.training['optimizer']['state']: optimizer = convert_optimizer(name_optimizer(c.training['optimizer'], _trained(model)), to_published)
     write_published(path, PublishedCheckpoint(to_published({k: v for k, v in raw.items() if k != 'objective.active'}), (c.training or {}).get('step', 0), optimizer, getattr(model.config, 'beta', 1.)))
