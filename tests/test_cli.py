@@ -166,7 +166,7 @@ def test_interrupted_run_is_saved_and_goes_on(tmp_path, sig):
     (['emorl_parity', 'make', '--published', '.', '--out', 'x.npz'], 'lib/model.py'),
     (['emorl_convert', 'x.pth', 'folder'], '--config'),
     (['emorl_convert', 'x.pth', 'folder', '--config', 'tetrominoes'], 'x.pth'),
-    (['emorl_convert', 'tetrominoes_cpu', 'x.pth'], 'the published code knows only its own shapes'),
+    (['emorl_convert', 'tetrominoes_cpu', 'x.pth'], 'the published code knows only its own models'),
 ])
 def test_errors_are_one_line(args, says, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
