@@ -127,10 +127,9 @@ def infer(self:EfficientMORL,
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
-    num_refinements = c.num_refinements if num_refinements is None else num_refinements
-    num_slots, num_layers = num_slots or c.num_slots, c.num_layers if num_layers is None else num_layers
+    num_refinements, num_layers = (b if a is None else a for a, b in ((num_refinements, c.num_refinements), (num_layers, c.num_layers)))
     draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse, sparse)
-    posterior, slots, layers, grid = self._bottom_up(image, num_slots, num_layers, draw, precision)
+    posterior, slots, layers, grid = self._bottom_up(image, num_slots or c.num_slots, num_layers, draw, precision)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None
     for i in range(num_refinements + 1):
