@@ -55,7 +55,7 @@ class BottomUp(nn.Module):
         updates, attention = slot_attention(queries, keys, values, self.shrinkage)
         loc, raw = (p.view_as(slots) for p in self.gru(*(t.flatten(0, 1) for t in (updates, below.loc, below.raw))))
         loc, raw = loc + self.mlp_loc(self.norm_loc(loc)), raw + self.mlp_raw(self.norm_raw(raw))
-        if places is not None: loc = torch.cat([slot_attention(queries, keys, places)[0], loc[..., places.shape[-1]:]], -1)
+        if places is not None: loc = torch.cat([(attention/attention.sum(-1, keepdim=True)) @ places, loc[..., places.shape[-1]:]], -1)
         return SlotGaussian(loc, raw), attention
 
     def forward(self,
