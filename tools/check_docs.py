@@ -55,17 +55,18 @@ class Quiet(SimpleHTTPRequestHandler):
 class Window:
     "A browser page that keeps what goes wrong in it."
     def __init__(self, browser, host):
-        self.page, self.wrong = browser.new_page(), []
+        self.page, self.wrong, self.asked = browser.new_page(), [], set()
         p, say = self.page, self.wrong.append
+        p.on('request', lambda r: self.asked.add(r))
         p.on('console', lambda m: say(f'the console says {m.text}') if m.type == 'error' else None)
         p.on('pageerror', lambda e: say(f'the page says {e}'))
-        p.on('requestfailed', lambda r: say(f'{r.url}: {r.failure}'))
+        p.on('requestfailed', lambda r: say(f'{r.url}: {r.failure}') if r in self.asked else None) # Not what leaving the page before cut off
         p.on('response', lambda r: say(f'{r.url}: {r.status}') if r.status >= 400 else None)
         p.on('request', lambda r: say(f'{r.url} is on another host') if urlparse(r.url).scheme not in ('data', 'blob') and urlparse(r.url).netloc != host else None)
 
     def visit(self, url, picture=None):
         "Open a page, wait for its mathematics, look at it as wide as a phone and as a screen; sentences about what is wrong."
-        self.wrong.clear()
+        self.wrong.clear(); self.asked.clear()
         self.page.goto(url)
         self.page.evaluate('async () => { if (window.MathJax) await window.MathJax.startup.promise; }')
         for width in (390, 1250):
