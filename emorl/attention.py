@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jaxtyping import Float
 
 from .core import Layer, SlotGaussian, lookup
-from .layers import DualGRU, SingleGRU, mlp, xavier_
+from .layers import DualGRU, SingleGRU, mlp, tents, xavier_
 
 # %% ../nbs/api/22_attention.ipynb #a21d1351
 def slot_attention(
@@ -35,41 +35,57 @@ class BottomUp(nn.Module):
         gain:float=.02,       # Xavier gain of everything else
         raw_bias:float=0.,    # Where the raw scales start; published 0, a posterior std of .8
         shrinkage:float=0.,   # See `slot_attention`
+        glimpse:int=0,        # Cells a side of what a slot sees around its place; 0, as published: none
+        reach:float=.3,       # From a slot's place to the outermost cell, in halves of the picture
     ):
         super().__init__()
-        d, self.shrinkage = slot_size, shrinkage
+        d, self.shrinkage, self.cells, self.reach = slot_size, shrinkage, glimpse, reach
         self.loc, self.raw = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.ones(d))
         self.norm_slots, self.norm_loc, self.norm_raw = (nn.LayerNorm(d) for _ in range(3))
         self.to_q, self.to_k, self.to_v = (xavier_(nn.Linear(i, d, bias=False), gain) for i in (d, features, features))
         self.mlp_loc, self.mlp_raw = (xavier_(mlp(d, 2*d, d), gain) for _ in range(2))
         nn.init.constant_(self.mlp_raw[-1].bias, raw_bias)
+        if glimpse: self.to_cells, self.see = xavier_(nn.Linear(features, 32), 1.41), xavier_(mlp(32*glimpse**2, 128, d), 1.)
         self.gru = lookup(gru, {'dual': DualGRU, 'single': lambda d, init: SingleGRU(d, init, gain)}, 'GRU')(d, gru_init)
 
     def initial(self, batch:int, num_slots:int)->SlotGaussian:
         "The learned Gaussian that every slot starts from."
         return SlotGaussian(*(p.expand(batch, num_slots, -1) for p in (self.loc, self.raw)))
 
-    def update(self, below:SlotGaussian, slots:Float[Tensor, 'b k d'], keys, values, places=None)->tuple[SlotGaussian, Tensor]:
+    def update(self, below:SlotGaussian, slots:Float[Tensor, 'b k d'], keys, values, places=None, seen=None)->tuple[SlotGaussian, Tensor]:
         "Posterior of the next layer, and the attention that led to it."
         queries = self.to_q(self.norm_slots(slots))*slots.shape[-1]**-.5
         updates, attention = slot_attention(queries, keys, values, self.shrinkage)
+        if places is not None:
+            lines = attention.unflatten(-1, [len(p) for p in places])
+            centre = torch.stack([lines.sum(-1) @ places[0], lines.sum(-2) @ places[1]], -1)/attention.sum(-1, keepdim=True)
+        if seen is not None: updates = updates + self.glimpse(lines, centre, places, seen)
         loc, raw = (p.view_as(slots) for p in self.gru(*(t.flatten(0, 1) for t in (updates, below.loc, below.raw))))
         loc, raw = loc + self.mlp_loc(self.norm_loc(loc)), raw + self.mlp_raw(self.norm_raw(raw))
-        if places is not None: loc = torch.cat([(attention/attention.sum(-1, keepdim=True)) @ places, loc[..., places.shape[-1]:]], -1)
+        if places is not None: loc = torch.cat([centre, loc[..., 2:]], -1)
         return SlotGaussian(loc, raw), attention
+
+    def glimpse(self, attention, centre, places, seen)->Tensor:
+        "What a slot sees around its place, cell by cell."
+        rows, columns = (tents(p, c, torch.full_like(c, self.reach), self.cells) for p, c in zip(places, centre.unbind(-1)))
+        share = attention/(attention.sum((-2, -1), keepdim=True) + self.shrinkage*len(seen[0]))
+        b, k, h, w = share.shape
+        by_row = (rows.mT[:, :, :, None]*share.mT[:, :, None]).permute(0, 3, 1, 2, 4).reshape(b*w, -1, h)               # [b w, k i, h]
+        by_row = (by_row @ seen.unflatten(1, (h, w)).transpose(1, 2).flatten(0, 1)).view(b, w, k, -1).transpose(1, 2)    # [b k w, i f]
+        return self.see((columns.mT @ by_row).flatten(2))
 
     def forward(self,
         features:Float[Tensor, 'b n f'], # From the encoder, positions flattened
         num_slots:int,                   # K
         num_layers:int,                  # L
         draw,                            # SlotGaussian to slots; the first call must be random, to tell slots apart
-        places:Float[Tensor, 'n 2']=None,# Where the positions are; None: slots are not anchored
+        places:tuple=None,               # Where their rows and columns are; None: slots are not anchored
     )->tuple[SlotGaussian, Tensor, tuple]: # Posterior and slots of the last layer, and all `Layer`s
         "Infer slots bottom-up. Without layers, the initial Gaussian is the posterior."
         posterior = self.initial(len(features), num_slots)
         slots, layers = draw(posterior), []
-        if num_layers: keys, values = self.to_k(features), self.to_v(features)
+        if num_layers: keys, values, seen = self.to_k(features), self.to_v(features), self.to_cells(features) if self.cells else None
         for _ in range(num_layers):
-            posterior, attention = self.update(posterior, slots, keys, values, places)
+            posterior, attention = self.update(posterior, slots, keys, values, places, seen)
             layers.append(Layer(posterior, attention, slots := draw(posterior)))
         return posterior, slots, tuple(layers)

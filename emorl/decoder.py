@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoders', 'conv_constant', 'conv_grid', 'BroadcastDecoder', 'UpsamplingDecoder', 'pixel_centres', 'FrameDecoder',
-           'make_decoder']
+           'CanvasDecoder', 'make_decoder']
 
 # %% ../nbs/api/21_decoder.ipynb #5fdb4ac1
 import math
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from jaxtyping import Float
 
 from .core import EmorlError, Reconstruction, lookup
-from .layers import PositionProjection, activations, position_grid, xavier_
+from .layers import PositionProjection, activations, mlp, position_grid, tents, xavier_
 
 # %% ../nbs/api/21_decoder.ipynb #fc823a2c
 def _inside(conv, size):
@@ -180,16 +180,56 @@ class FrameDecoder(nn.Module):
         seen = frame.mT @ self.seen.weight.T
         return torch.cat([seen + self.place.weight.T, self.slot(s)[:, None] - self.centre(s)[:, None] @ seen], 1)
 
+# %% ../nbs/api/21_decoder.ipynb #canvas01
+class CanvasDecoder(nn.Module):
+    "Decoder whose slots have a centre, a height and width, and a small mask that is put there; colours are planes."
+    def __init__(self,
+        slot_size:int,          # Latents per slot, D
+        cells:int=16,           # Of the canvas, a side
+        hidden:int=128,         # Units of the perceptron that paints it
+        channels:int=3,         # Of the image
+        gain:float=1.41,        # Xavier gain
+        extent:float=.3,        # Half the canvas's side at first, in halves of the picture
+        contrast:float=4.,      # Factor on the canvas: how fast a mask can have edges
+        slope:float=.1,         # Factor on the gain of a colour's slope
+    ):
+        super().__init__()
+        self.cells, self.contrast = cells, contrast
+        self.canvas = xavier_(mlp(slot_size, hidden, cells**2), gain)
+        self.centre, self.extent = (xavier_(nn.Linear(slot_size, 2), g) for g in (.3, .5))
+        self.colour = xavier_(nn.Linear(slot_size, 3*channels), 1.)
+        spot = .5 - .75*torch.linspace(-1, 1, cells).square() # Half above zero, along each side
+        with torch.no_grad():
+            self.colour.weight[:2*channels] *= slope; self.centre.weight[:, :2] = torch.eye(2)
+            self.canvas[-1].weight *= .35; self.canvas[-1].bias.copy_((spot[:, None] + spot).flatten()/2)
+        nn.init.constant_(self.extent.bias, math.log(extent))
+
+    def forward(self,
+        slots:Float[Tensor, 'b k d'], # Slots of each image
+        size:tuple,                   # Height and width of the image
+        shift:tuple=(0., 0.),         # See `pixel_centres`
+    )->Reconstruction:
+        "Paint every slot."
+        s, (h, w) = slots.flatten(0, 1), size
+        pixels = pixel_centres(h, w, s.device, s.dtype, shift)
+        canvas = self.canvas(s).unflatten(1, (self.cells, self.cells))*self.contrast
+        with torch.autocast(s.device.type, enabled=False): # Few bits would round the places
+            rows, columns = (tents(line, c, e.clamp(-4, 1).exp(), self.cells) for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T))
+            logits = rows @ canvas.to(rows) @ columns.mT
+            rgb = (pixels @ self.colour(s).unflatten(1, (3, -1))).mT.sigmoid()
+        return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.unflatten(2, (h, w)), logits[:, None])))
+
 # %% ../nbs/api/21_decoder.ipynb #76ca160f
 decoders = {
     'small':  (BroadcastDecoder, dict(widths=(32,)*3, kernels=(5, 5, 5, 3), paddings=(1,)*4)),
     'iodine': (BroadcastDecoder, dict(widths=(64,)*4, kernels=(3,)*5, paddings=(0,)*5, activation='elu')),
     'big':    (UpsamplingDecoder, {}),
     'frame':  (FrameDecoder, {}),
+    'canvas': (CanvasDecoder, {}),
 }
 
 def make_decoder(
-    name:str,      # 'small', 'iodine', 'big'; or 'frame', which is ours
+    name:str,      # 'small', 'iodine', 'big'; or 'frame' and 'canvas', which are ours
     slot_size:int, # Latents per slot, D
     **options,     # Override the published widths, kernels, ...
 )->nn.Module:

@@ -8,7 +8,7 @@ __all__ = ['Picture', 'show_images', 'slot_colors', 'mask_image', 'outline', 'sl
            'EventCurves', 'read_curves', 'show_training', 'save_figure']
 
 # %% ../nbs/api/2B_viz.ipynb #321e3edf
-import base64, colorsys, io, json
+import base64, colorsys, io, json, math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -79,19 +79,23 @@ def show_images(
     cols, aspect = max(map(len, rows)), max(s[0]/s[1] for s in shapes)
     left = _width(labels) + .08 if any(labels) else 0
     words = [word for t in (*titles, *captions) for word in t.replace('\xad', '- ').split()]
-    w = size or max(min(1.2, (7 - left)/cols - _gap), .65, _width(words) - _gap); h = w*aspect
+    least = max(.65, _width(words) - _gap)
+    lines = 1 if size else math.ceil(cols/max(1, int((7 - left)/(least + _gap)))); cols = math.ceil(cols/lines) # Columns that a page cannot hold go below
+    w = size or max(min(1.2, (7 - left)/cols - _gap), least); h = w*aspect
     titles = [t.replace('\xad', '') if _width([t]) <= w + _gap else t.replace('\xad', '-\n').replace(' ', '\n') for t in titles]
     top, bottom = _height(titles), _height(captions)
-    W, H = left + cols*(w + _gap) + .02, top + len(rows)*(h + _gap) + bottom + .04
+    line = top + len(rows)*(h + _gap) + bottom + .04
+    W, H = left + cols*(w + _gap) + .02, lines*line
     fig = Picture(figsize=(W, H), dpi=100, facecolor='none'); fig.alt = alt
     ax = fig.add_axes((0, 0, 1, 1)); ax.set(xticks=[], yticks=[]); ax.axis('off')
-    x, y = [left + _gap/2 + i*(w + _gap) for i in range(cols)], [top + .04 + i*(h + _gap) for i in range(len(rows) + 1)]
+    def at(c, r): return left + _gap/2 + c % cols*(w + _gap), c//cols*line + top + .04 + r*(h + _gap)
     for r, row in enumerate(rows):
         for c, rgb in enumerate(row):
-            if rgb is not None: _panel(ax, x[c], y[r], w, min(h, w*rgb.shape[0]/rgb.shape[1]), rgb, borders[c] if c < len(borders) else None)
-    for a, t in zip(x, titles): _text(ax, a + w/2, top - .03, t, va='baseline')
-    for a, t in zip(x, captions): _text(ax, a + w/2, y[-1], t, va='top')
-    for r, t in enumerate(labels): _text(ax, left - .06, *((y[r] + h/2, t, 'center') if r < len(rows) else (y[-1], t, 'top')), 'right')
+            if rgb is not None: _panel(ax, *at(c, r), w, min(h, w*rgb.shape[0]/rgb.shape[1]), rgb, borders[c] if c < len(borders) else None)
+    for c, t in enumerate(titles): x, y = at(c, 0); _text(ax, x + w/2, y - .07, t, va='baseline')
+    for c, t in enumerate(captions): x, y = at(c, len(rows)); _text(ax, x + w/2, y, t, va='top')
+    for c in range(0, lines*cols, cols):
+        for r, t in enumerate(labels): _text(ax, left - .06, *((at(c, r)[1] + h/2, t, 'center') if r < len(rows) else (at(c, r)[1], t, 'top')), 'right')
     ax.set(xlim=(0, W), ylim=(H, 0))
     return fig
 

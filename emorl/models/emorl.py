@@ -38,9 +38,10 @@ class EmorlConfig(ModelConfig):
     raw_bias:float = 0.           # Where the raw scales of posteriors and priors start: 0 is a std of .83, -3 of .22
     shrinkage:float = 0.          # Weight of nothing in what a slot is told, see `slot_attention`: slots learn that they are not needed
     anchored:bool = False         # A slot's first two latents are where its attention lies, see `BottomUp`
+    glimpse:int = 0               # Cells a side of what a slot sees around its place, see `BottomUp`; wants `anchored`
     refiner:str = 'published'     # 'published', or 'natural', see `NaturalRefiner`
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
-    decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', see `FrameDecoder`
+    decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', 'canvas', see `FrameDecoder`, `CanvasDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
     likelihood:str = 'gaussian'   # 'gaussian' or 'mixture'
     std:float = .3                # Pixel noise
@@ -62,7 +63,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         super().__init__(config)
         c = config
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
-        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage)
+        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage, c.glimpse)
         self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), lookup(c.refiner, refiners, 'refiner')(c.slot_size, c.gain)
         self.decoder = make_decoder(c.decoder, c.slot_size, **({'gain': c.gain} | c.decoder_options))
         self.likelihood = partial(lookup(c.likelihood, likelihoods, 'likelihood'), std=c.std)
@@ -88,7 +89,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
             return posterior, draw(posterior), (), None
         features = self.encoder(image, precision)
         grid = features.shape[1:3]
-        places = pixel_centres(*grid, features.device, features.dtype)[:, :2] if self.config.anchored else None
+        places = [pixel_centres(n, 1, features.device, features.dtype)[:, 0] for n in grid] if self.config.anchored else None
         return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw, places), grid
 
     def _hierarchical_kl(self, posterior, layers, draw):
