@@ -321,17 +321,18 @@ def _clicked(self, change):
 
 def _keep(self, verb):
     "Let the browser save a file of what is shown."
-    data = on_screen(self) if verb == 'to_png' else self._do(verb)
-    if data: self.knobs.board.save(f'slots-{"upload" if self.picture else self.knobs.index.value}-{self.session.step}.{verb[3:]}', data)
+    data, now = on_screen(self) if verb == 'to_png' else self._do(verb), self.session.now
+    if data: self.knobs.board.save(f'slots-{"upload" if now.choice.picture else now.choice.index}-{self.session.step}.{verb[3:]}', data)
 
 for f in (_do, _connect, _send_again, _go, _put_beside, _uploaded, _moved, _rest_blend, _duplicate, _clicked, _keep): setattr(SlotInspector, f.__name__, f)
 
 # %% ../nbs/api/61_inspect.ipynb #43ac3884
 def board_picture(
-    inspector:SlotInspector, # What it shows once it has done what it was asked for
+    inspector:SlotInspector,
+    wait:bool=True,          # Until it has done what it was asked for; False: as it is now
 )->Figure:
     "An inspector's board as a still, for pages without a kernel."
-    inspector.refresh.wait()
+    if wait: inspector.refresh.wait()
     rows = inspector.knobs.board.rows
     def pixels(t):
         with Image.open(io.BytesIO(base64.b64decode(t['src'].split(',')[1]))) as p: return np.asarray(ImageOps.expand(p, -(-p.width//25), t['color'])).transpose(2, 0, 1)
@@ -344,7 +345,7 @@ def on_screen(
 )->bytes:                    # PNG; nothing as long as the board is empty
     "The board as it is, as a file."
     if not inspector.knobs.board.rows: return b''
-    board_picture(inspector).savefig(file := io.BytesIO(), format='png', dpi=200)
+    board_picture(inspector, wait=False).savefig(file := io.BytesIO(), format='png', dpi=200)
     return file.getvalue()
 
 # %% ../nbs/api/61_inspect.ipynb #99b089f5

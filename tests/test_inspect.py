@@ -159,11 +159,25 @@ def test_errors_of_datasets(model, scenes, tmp_path):
     gone = HDF5Scenes(tmp_path/'a.h5', 'test'); (tmp_path/'a.h5').unlink()
     k = SlotInspector(model, gone).wait().knobs
     assert 'a.h5' in k.message.value and k.board.rows == []
+    write_hdf5(tmp_path/'b.h5', {'test': scenes})
+    inspector = SlotInspector(model, opened := HDF5Scenes(tmp_path/'b.h5', 'test')).wait(); k = inspector.knobs
+    opened.close(); k.index.value = 1; inspector.wait(); assert k.message.value == '' and inspector.session.now.choice.index == 1, 'a closed file is opened again'
+    opened.close(); (tmp_path/'b.h5').unlink(); k.index.value = 2; inspector.wait()
+    assert 'b.h5' in k.message.value and k.index.value == 1 and k.board.rows, 'and if it is gone, what was there stays'
     bare = InMemory(Scenes(scenes.batch(range(3)).image), 'bare')
     k = SlotInspector(model, bare, ranges=np.tile([-3., 3.], (32, 1))).wait().knobs
     assert k.message.value == '' and 'bare has none' in k.facts.value and 'FG-ARI' not in k.numbers.value
     wide = InMemory(Scenes(np.zeros((2, 3, 8, 9), np.uint8)), 'wide')
     assert 'wide holds (3, 8, 9)' in SlotInspector(model, wide).wait().knobs.message.value
+
+def test_a_picture_is_kept_while_another_is_inferred(inspector, monkeypatch):
+    saved, go, k, infer = [], threading.Event(), inspector.knobs, inspector.session.infer
+    monkeypatch.setattr(k.board, 'save', lambda name, data: saved.append((name, data)))
+    k.png.click()
+    monkeypatch.setattr(inspector.session, 'infer', lambda choice: go.wait(60) and infer(choice))
+    k.index.value = 3; k.png.click()
+    assert [n for n, _ in saved] == ['slots-0-I3.png']*2 and saved[0][1] == saved[1][1], 'what is on the screen, at once'
+    go.set(); inspector.wait(); k.png.click(); assert saved[-1][0] == 'slots-3-I3.png' and saved[-1][1] != saved[0][1]
 
 def test_exports(inspector, monkeypatch):
     saved = []
