@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from jaxtyping import Float
 
-from .core import Layer, SlotGaussian, lookup
+from .core import EmorlError, Layer, SlotGaussian, lookup
 from .layers import DualGRU, SingleGRU, mlp, tents, xavier_
 
 # %% ../nbs/api/22_attention.ipynb #a21d1351
@@ -35,7 +35,7 @@ class BottomUp(nn.Module):
         gain:float=.02,       # Xavier gain of everything else
         raw_bias:float=0.,    # Where the raw scales start; published 0, a posterior std of .8
         shrinkage:float=0.,   # See `slot_attention`
-        glimpse:int=0,        # Cells a side of what a slot sees around its place; 0, as published: none
+        glimpse:int=0,        # Cells a side of what a slot sees around its place, see `glimpse`; 0, as published: none
         reach:float=.3,       # From a slot's place to the outermost cell, in halves of the picture
     ):
         super().__init__()
@@ -65,8 +65,8 @@ class BottomUp(nn.Module):
         if places is not None: loc = torch.cat([centre, loc[..., 2:]], -1)
         return SlotGaussian(loc, raw), attention
 
-    def glimpse(self, attention, centre, places, seen)->Tensor:
-        "What a slot sees around its place, cell by cell."
+    def glimpse(self, attention:Float[Tensor, 'b k h w'], centre:Float[Tensor, 'b k 2'], places:tuple, seen:Float[Tensor, 'b n f'])->Float[Tensor, 'b k d']:
+        "What a slot sees around its place: features by cell, as far as it attends to them."
         rows, columns = (tents(p, c, torch.full_like(c, self.reach), self.cells) for p, c in zip(places, centre.unbind(-1)))
         share = attention/(attention.sum((-2, -1), keepdim=True) + self.shrinkage*len(seen[0]))
         b, k, h, w = share.shape
@@ -84,6 +84,7 @@ class BottomUp(nn.Module):
         "Infer slots bottom-up. Without layers, the initial Gaussian is the posterior."
         posterior = self.initial(len(features), num_slots)
         slots, layers = draw(posterior), []
+        if self.cells and places is None: raise EmorlError('A slot that takes a glimpse wants to know where the positions are: an anchored model tells it.')
         if num_layers: keys, values, seen = self.to_k(features), self.to_v(features), self.to_cells(features) if self.cells else None
         for _ in range(num_layers):
             posterior, attention = self.update(posterior, slots, keys, values, places, seen)

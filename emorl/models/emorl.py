@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jaxtyping import Float
 
 from ..attention import BottomUp
-from ..core import SlotGaussian, Step, lookup
+from ..core import EmorlError, SlotGaussian, Step, lookup
 from ..decoder import make_decoder, pixel_centres
 from ..distributions import slot_kl
 from ..encoder import Encoder
@@ -62,6 +62,8 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
     ):
         super().__init__(config)
         c = config
+        if c.anchored and c.slot_size < 2: raise EmorlError(f'The place of an anchored slot is two latents; it has {c.slot_size}.')
+        if c.glimpse and not c.anchored: raise EmorlError('A glimpse is taken around the place of a slot, which only an anchored one has: anchored=true.')
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
         self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage, c.glimpse)
         self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), lookup(c.refiner, refiners, 'refiner')(c.slot_size, c.gain)
