@@ -31,7 +31,7 @@ def seeds(
 )->Int[Tensor, 'b k']:           # Positions, the one that explains most first
     "Positions from which as many clusters of keys can start (greedy k-means++)."
     with torch.no_grad():
-        distance = torch.cdist(keys, keys).square()
+        distance = torch.cdist(keys, keys)**4
         left, found = distance.amax(1), []
         for _ in range(num_slots):
             found.append((left[:, :, None] - distance).clamp_min(0).sum(1).argmax(1))

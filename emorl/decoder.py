@@ -182,7 +182,7 @@ class FrameDecoder(nn.Module):
 
 # %% ../nbs/api/21_decoder.ipynb #canvas01
 class CanvasDecoder(nn.Module):
-    "Decoder whose slots have a centre, a height and width, and a small mask that is put there; colours are planes."
+    "Decoder whose slots have a centre, a height and width, and a small mask that is put there; colours are planes, with shades if wanted."
     def __init__(self,
         slot_size:int,          # Latents per slot, D
         cells:int=16,           # Of the canvas, a side
@@ -192,16 +192,18 @@ class CanvasDecoder(nn.Module):
         extent:float=.3,        # Half the canvas's side at first, in halves of the picture
         contrast:float=4.,      # Factor on the canvas: how fast a mask can have edges
         slope:float=.1,         # Factor on the gain of a colour's slope
+        shaded:bool=False,      # Canvases also have colours, added to the planes
     ):
         super().__init__()
-        self.cells, self.contrast = cells, contrast
-        self.canvas = xavier_(mlp(slot_size, hidden, cells**2), gain)
+        self.cells, self.contrast, layers = cells, contrast, 1 + channels*shaded
+        self.canvas = xavier_(mlp(slot_size, hidden, layers*cells**2), gain)
         self.centre, self.extent = (xavier_(nn.Linear(slot_size, 2), g) for g in (.3, .5))
         self.colour = xavier_(nn.Linear(slot_size, 3*channels), 1.)
         spot = .5 - .75*torch.linspace(-1, 1, cells).square() # Half above zero, along each side
         with torch.no_grad():
             self.colour.weight[:2*channels] *= slope; self.centre.weight[:, :2] = torch.eye(2)
-            self.canvas[-1].weight *= .35; self.canvas[-1].bias.copy_((spot[:, None] + spot).flatten()/2)
+            self.canvas[-1].weight *= .35; self.canvas[-1].weight[cells**2:] *= .1
+            self.canvas[-1].bias[:cells**2] = (spot[:, None] + spot).flatten()/2
         nn.init.constant_(self.extent.bias, math.log(extent))
 
     def forward(self,
@@ -212,12 +214,13 @@ class CanvasDecoder(nn.Module):
         "Paint every slot."
         s, (h, w) = slots.flatten(0, 1), size
         pixels = pixel_centres(h, w, s.device, s.dtype, shift)
-        canvas = self.canvas(s).unflatten(1, (self.cells, self.cells))*self.contrast
+        canvas = self.canvas(s).unflatten(1, (-1, self.cells, self.cells))*self.contrast
         with torch.autocast(s.device.type, enabled=False): # Few bits would round the places
-            rows, columns = (tents(line, c, e.clamp(-4, 1).exp(), self.cells) for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T))
-            logits = rows @ canvas.to(rows) @ columns.mT
-            rgb = (pixels @ self.colour(s).unflatten(1, (3, -1))).mT.sigmoid()
-        return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.unflatten(2, (h, w)), logits[:, None])))
+            rows, columns = (tents(line, c, e.clamp(-4, 1).exp(), self.cells)[:, None] for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T))
+            placed = rows @ canvas.to(rows) @ columns.mT
+            rgb = (pixels @ self.colour(s).unflatten(1, (3, -1))).mT.unflatten(2, (h, w))
+            if placed.shape[1] > 1: rgb = rgb + placed[:, 1:]
+        return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.sigmoid(), placed[:, :1])))
 
 # %% ../nbs/api/21_decoder.ipynb #76ca160f
 decoders = {
