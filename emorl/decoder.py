@@ -185,18 +185,18 @@ class CanvasDecoder(nn.Module):
     "Decoder whose slots have a centre, a height and width, and a small mask that is put there; colours are planes, with shades if wanted."
     def __init__(self,
         slot_size:int,          # Latents per slot, D
-        cells:int=16,           # Of the canvas, a side
-        hidden:int=128,         # Units of the perceptron that paints it
+        cells:int=16,           # Of the mask's canvas, a side
+        shades:int=0,           # Of the colours' canvas, a side; 0: colours are planes alone
+        hidden:int=128,         # Units of the perceptron that paints them
         channels:int=3,         # Of the image
         gain:float=1.41,        # Xavier gain
         extent:float=.3,        # Half the canvas's side at first, in halves of the picture
         contrast:float=4.,      # Factor on the canvas: how fast a mask can have edges
         slope:float=.1,         # Factor on the gain of a colour's slope
-        shaded:bool=False,      # Canvases also have colours, added to the planes
     ):
         super().__init__()
-        self.cells, self.contrast, layers = cells, contrast, 1 + channels*shaded
-        self.canvas = xavier_(mlp(slot_size, hidden, layers*cells**2), gain)
+        self.cells, self.shades, self.contrast = cells, shades, contrast
+        self.canvas = xavier_(mlp(slot_size, hidden, cells**2 + channels*shades**2), gain)
         self.centre, self.extent = (xavier_(nn.Linear(slot_size, 2), g) for g in (.3, .5))
         self.colour = xavier_(nn.Linear(slot_size, 3*channels), 1.)
         spot = .5 - .75*torch.linspace(-1, 1, cells).square() # Half above zero, along each side
@@ -214,13 +214,18 @@ class CanvasDecoder(nn.Module):
         "Paint every slot."
         s, (h, w) = slots.flatten(0, 1), size
         pixels = pixel_centres(h, w, s.device, s.dtype, shift)
-        canvas = self.canvas(s).unflatten(1, (-1, self.cells, self.cells))*self.contrast
+        mask, shades = (self.canvas(s)*self.contrast).tensor_split([self.cells**2], 1)
         with torch.autocast(s.device.type, enabled=False): # Few bits would round the places
-            rows, columns = (tents(line, c, e.clamp(-4, 1).exp(), self.cells)[:, None] for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T))
-            placed = rows @ canvas.to(rows) @ columns.mT
+            frame = [(line, c, e.clamp(-4, 1).exp()) for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T)]
             rgb = (pixels @ self.colour(s).unflatten(1, (3, -1))).mT.unflatten(2, (h, w))
-            if placed.shape[1] > 1: rgb = rgb + placed[:, 1:]
-        return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.sigmoid(), placed[:, :1])))
+            if self.shades: rgb = rgb + self._place(shades.to(rgb), frame, self.shades)
+            logits = self._place(mask.to(rgb), frame, self.cells)
+        return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.sigmoid(), logits)))
+
+    def _place(self, canvas, frame, cells):
+        "Canvases [n c*cells*cells] in the picture: [n c h w]."
+        rows, columns = (tents(*line, cells)[:, None] for line in frame)
+        return rows @ canvas.unflatten(1, (-1, cells, cells)) @ columns.mT
 
 # %% ../nbs/api/21_decoder.ipynb #76ca160f
 decoders = {
