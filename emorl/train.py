@@ -12,7 +12,6 @@ import ctypes, gc, json, math, os, resource, signal, socket, sys, threading, tim
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -47,7 +46,6 @@ class TrainConfig:
     clip:float|None = 5.             # Largest gradient norm; None: no clipping
     refinements:tuple = ((0, 3),)    # Curriculum: (from step, I), ...
     coarse:tuple = ((0, 1),)         # (from step, pixels a side that are painted as one), ...: see `coarsely`
-    sparse:tuple = ((0, 1),)         # (from step, pixels a side of which one is painted), ...: see `sparsely`
     layers:int|None = None           # L while training; None: the model's
     average:float = 0.               # Decay of a moving average of the weights, which is what is evaluated; 0: none
     seed:int = 0                     # Of weights, noise and order of the data
@@ -69,7 +67,7 @@ class TrainConfig:
     def from_dict(cls, d:dict)->'TrainConfig':
         "From plain values, as JSON has them; an `EmorlError` names an unknown key and the nearest known one."
         for k in d: lookup(k, {f.name: f for f in fields(cls)}, 'setting of training')
-        return cls(**(d | {k: _plan(d.get(k, getattr(cls, k)), k, what) for k, what in (('refinements', 'I'), ('coarse', 'factor'), ('sparse', 'every'))}))
+        return cls(**(d | {k: _plan(d.get(k, getattr(cls, k)), k, what) for k, what in (('refinements', 'I'), ('coarse', 'factor'))}))
 
 def _plan(plan, name, what):
     "A curriculum as a tuple of pairs."
@@ -99,7 +97,7 @@ def planned(
     step:int,          # From 0
     curriculum:tuple,  # (from step, value), ... in order
 )->int:                # The value
-    "What a curriculum says for a training step: how many refinements, how coarse or sparse a picture."
+    "What a curriculum says for a training step: how many refinements, how coarse a picture."
     return [value for start, value in curriculum if start <= step][-1]
 
 # %% ../nbs/api/60_train.ipynb #c878a759
@@ -136,7 +134,7 @@ def train_step(
     parts = []
     for x, eps in zip(images.chunk(k), noise.chunk(k, 1) if noise is not None else [None]*k):
         with accelerator.no_sync(model) if accelerator and len(parts) < k - 1 else nullcontext():
-            steps = model(x, num_refinements=planned(step, config.refinements), coarse=planned(step, config.coarse), sparse=(planned(step, config.sparse), step), num_layers=config.layers, noise=eps, gradient_batch=config.batch_size, decode_chunk=config.decode_chunk, precision=precisions[config.precision])
+            steps = model(x, num_refinements=planned(step, config.refinements), coarse=planned(step, config.coarse), num_layers=config.layers, noise=eps, gradient_batch=config.batch_size, decode_chunk=config.decode_chunk, precision=precisions[config.precision])
             loss = bare.training_loss(steps)/k
             if accelerator: accelerator.backward(loss)
             else: loss.backward()
@@ -401,12 +399,9 @@ def check_plan(model:SlotModel, dataset:SceneDataset, config:TrainConfig):
     "Raise an `EmorlError` unless the model can be trained like this on these scenes."
     check_fits(model, dataset)
     for _, i in config.refinements: model.config.num_draws(config.layers, i)
-    for start in sorted({start for plan in (config.coarse, config.sparse) for start, _ in plan}):
-        coarse, sparse = (planned(start, plan) for plan in (config.coarse, config.sparse))
-        if coarse < 1 or sparse < 1 or any(side % (coarse*sparse) for side in model.config.image_size):
-            raise EmorlError(f'A picture of {"x".join(map(str, model.config.image_size))} pixels cannot be painted at 1/{coarse*sparse} of its sides.')
-        if sparse > 1 and 'shift' not in signature(model.decoder.forward).parameters:
-            raise EmorlError(f'To paint one pixel of every {sparse} takes a decoder like `frame`; got {type(model.decoder).__name__}.')
+    for _, coarse in config.coarse:
+        if coarse < 1 or any(side % coarse for side in model.config.image_size):
+            raise EmorlError(f'A picture of {"x".join(map(str, model.config.image_size))} pixels cannot be painted at 1/{coarse} of its sides.')
     for value, table, what in ((config.precision, precisions, 'precision'), (config.decay, decays, 'decay'), (config.best, best_of, 'measurement of the best')): lookup(value, table, what)
     least = dict(num_steps=0, batch_size=1, log_every=1, eval_every=1, eval_images=1, save_every=1, keep=1, max_skips=0, accumulate=1)
     if low := [k for k, v in least.items() if getattr(config, k) < v]: raise EmorlError(f'{low[0]} is at least {least[low[0]]}; got {getattr(config, low[0])}.')

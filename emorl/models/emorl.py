@@ -42,7 +42,7 @@ class EmorlConfig(ModelConfig):
     seeded:bool = False           # Slots start where the picture wants them, see `seeds`; published: at random
     refiner:str = 'published'     # 'published', or 'natural', see `NaturalRefiner`
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
-    decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'frame', 'canvas', see `FrameDecoder`, `CanvasDecoder`
+    decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'canvas', see `CanvasDecoder`
     decoder_options:dict = field(default_factory=dict) # Widths, kernels, ... in place of the published ones
     likelihood:str = 'gaussian'   # 'gaussian' or 'mixture'
     std:float = .3                # Pixel noise
@@ -127,12 +127,11 @@ def infer(self:EfficientMORL,
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
     coarse:int=1,                    # Pixels a side that are painted as one, see `coarsely`
-    sparse:tuple=(1, 0),             # One pixel of so many a side is painted, and the seed of which: see `sparsely`
 )->Iterator[Step]:                   # I+1 steps: the bottom-up estimate, then every refinement
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
     num_refinements, num_layers = (b if a is None else a for a, b in ((num_refinements, c.num_refinements), (num_layers, c.num_layers)))
-    draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse, sparse)
+    draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse)
     posterior, slots, layers, grid = self._bottom_up(image, num_slots or c.num_slots, num_layers, draw, precision)
     eps, state, norm, prior = draw.last, None, None, None
     attention = layers[-1].attention.detach().unflatten(-1, grid) if layers else None

@@ -80,7 +80,6 @@ def infer(self:SlotAttention,
     decode_chunk:int=None,           # Most canvases (slots of images) to decode at a time, see `paint`; None: all
     precision:torch.dtype=None,      # Of encoder and decoder, see `paint`; None: that of the weights
     coarse:int=1,                    # Pixels a side that are painted as one, see `coarsely`
-    sparse:tuple=(1, 0),             # One pixel of so many a side is painted, and the seed of which: see `sparsely`
 )->Iterator[Step]:                   # One
     "Slots of images (Locatello et al. 2020, algorithm 1)."
     c, train = self.config, torch.is_grad_enabled()
@@ -93,7 +92,7 @@ def infer(self:SlotAttention,
     for _ in range(iterations):
         slots, attention = self.iterate(slots, keys, values)
         layers.append(Layer(PointSlots(slots), attention, slots, zero))
-    nll, recon = painter(plain, train, decode_chunk, precision, coarse, sparse)(self.decoder, self.likelihood, slots, image)
+    nll, recon = painter(plain, train, decode_chunk, precision, coarse)(self.decoder, self.likelihood, slots, image)
     yield Step(PointSlots(slots), slots, recon.detach(), nll, zero, layers[-1].attention.detach().unflatten(-1, grid.shape[1:3]), tuple(layers))
 
 SlotAttention.infer = infer
