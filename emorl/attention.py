@@ -29,14 +29,17 @@ def seeds(
     keys:Float[Tensor, 'b n d'], # One per position
     num_slots:int,               # K
 )->Int[Tensor, 'b k']:           # Positions, the one that explains most first
-    "Positions from which as many clusters of keys can start (greedy k-means++)."
+    "Positions from which as many clusters of keys can start (greedy k-means++). Of more than 1,024 positions, so many stand for all."
+    n = keys.shape[1]
+    some = torch.arange(n, device=keys.device) if n <= 1024 else (torch.arange(1024, device=keys.device, dtype=torch.float64)*.6180339887498949 % 1*n).long()
     with torch.no_grad():
+        keys = keys[:, some]
         distance = torch.cdist(keys, keys)**4
         left, found = distance.amax(1), []
         for _ in range(num_slots):
             found.append((left[:, :, None] - distance).clamp_min(0).sum(1).argmax(1))
             left = torch.minimum(left, distance.take_along_dim(found[-1][:, None, None], 2)[..., 0])
-    return torch.stack(found, 1)
+    return some[torch.stack(found, 1)]
 
 def nearness(
     at:Float[Tensor, 'b k d'],   # Where slots are among the keys
