@@ -34,7 +34,7 @@ def seeds(
     some = torch.arange(n, device=keys.device) if n <= 1024 else (torch.arange(1024, device=keys.device, dtype=torch.float64)*.6180339887498949 % 1*n).long()
     with torch.no_grad():
         keys = keys[:, some]
-        distance = torch.cdist(keys, keys)**4
+        distance = torch.cdist(keys, keys).square()
         left, found = distance.amax(1), []
         for _ in range(num_slots):
             found.append((left[:, :, None] - distance).clamp_min(0).sum(1).argmax(1))
