@@ -91,12 +91,12 @@ function render({model, el}) {
 export default { render }
 '''
 _style = '''
-.emorl-board { color: var(--jp-ui-font-color1, inherit); font-size: 12px; overflow-x: auto }
+.emorl-board { color: var(--jp-widgets-color, var(--jp-ui-font-color1, inherit)); font-size: 12px; overflow-x: auto }
 .emorl-row { display: flex; gap: 14px; align-items: end; margin-bottom: 10px; padding-bottom: 4px }
 .emorl-label { width: 5.5em; flex: none; align-self: center; text-align: right; padding-right: 4px; padding-top: 14px }
 .emorl-tile { all: unset; flex: none; cursor: crosshair; display: flex; flex-direction: column; text-align: center; line-height: 16px; gap: 5px }
 .emorl-tile img { box-sizing: border-box; display: block; box-shadow: 0 0 0 3px var(--frame) }
-.emorl-tile[aria-pressed="true"] img { box-shadow: 0 0 0 5px var(--frame), 0 0 0 7px var(--jp-ui-font-color1, currentColor) }
+.emorl-tile[aria-pressed="true"] img { box-shadow: 0 0 0 5px var(--frame), 0 0 0 7px currentColor }
 .emorl-tile[aria-pressed="true"] { font-weight: 700 }
 .emorl-tile:focus-visible span { text-decoration: underline }
 '''

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from jaxtyping import Float
 
@@ -26,6 +27,7 @@ class Encoder(nn.Module):
         channels:int=3,                # Of the image
         gain:float=.02,                # Xavier gain
         position_gain:float=1.,        # Factor on what the grid's projection starts from
+        skip_gain:float=0.,            # Xavier gain of a short way for the colours, past the convolutions; 0, as published: none
     ):
         super().__init__()
         if not len(widths) == len(kernels) == len(strides):
@@ -36,6 +38,7 @@ class Encoder(nn.Module):
         self.position = PositionProjection(widths[-1])
         with torch.no_grad(): self.position.weight *= position_gain; self.position.bias *= position_gain
         self.mix = xavier_(mlp(widths[-1], widths[-1], widths[-1]), gain)
+        self.skip = xavier_(nn.Linear(channels, widths[-1], bias=False), skip_gain) if skip_gain else None
 
     def forward(self,
         image:Float[Tensor, 'b c h w'], # In [0,1]
@@ -47,4 +50,6 @@ class Encoder(nn.Module):
             raise EmorlError(f'Expected images [batch, {channels}, height, width], got {list(image.shape)}.')
         with torch.autocast(image.device.type, torch.bfloat16) if precision == torch.bfloat16 else nullcontext():
             x = self.convs(2*image - 1).movedim(1, -1)
-            return self.mix(self.norm(x + self.position(*x.shape[1:3]))).to(image.dtype)
+            out = self.mix(self.norm(x + self.position(*x.shape[1:3])))
+            if self.skip is not None: out = out + self.skip(F.interpolate(2*image - 1, x.shape[1:3], mode='area').movedim(1, -1))
+            return out.to(image.dtype)

@@ -93,7 +93,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         features = self.encoder(image, precision)
         grid = features.shape[1:3]
         places = [pixel_centres(n, 1, features.device, features.dtype)[:, 0] for n in grid] if self.config.anchored else None
-        return *self.bottom_up(features.flatten(1, 2), num_slots, num_layers, draw, places), grid
+        return *self.bottom_up(features, num_slots, num_layers, draw, places), grid
 
     def _hierarchical_kl(self, posterior, layers, draw):
         "KL of the first estimate (none without layers, as published), the layers with theirs, and the prior of the refined posterior."
