@@ -134,7 +134,7 @@ def _seeded(name, data, num_slots, std, num_steps, **decoder):
             encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 2, 1, 1), gain=1.41, position_gain=4., skip_gain=10.), decoder='canvas', decoder_options=decoder),
         TrainConfig(num_steps=num_steps, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), coarse=((0, 2), (1000, 1)), average=.99, eval_every=250, save_every=1000))
 
-_cpu = [_tetrominoes_cpu, _seeded('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, .2, 4000), _seeded('clevr6_cpu', 'clevr6', 7, .1, 3000, shades=16)]
+_cpu = [_tetrominoes_cpu, _seeded('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, .2, 3000), _seeded('clevr6_cpu', 'clevr6', 7, .1, 3000, shades=16)]
 
 # %% ../nbs/api/70_presets.ipynb #3def0fa3
 def _gpu(e, more=4):
