@@ -20,10 +20,11 @@ def slot_attention(
     keys:Float[Tensor, 'b n d'],    # One per position
     values:Float[Tensor, 'b n d'],  # One per position
     shrinkage:float=0.,             # Weight of nothing in each mean, as a share of all positions
-    apart:Float[Tensor, 'b k n']=0.,# What else keeps a slot from a position
+    apart:Float[Tensor, 'b k n']=None, # What else keeps a slot from a position
 )->tuple[Float[Tensor, 'b k d'], Float[Tensor, 'b k n']]: # Updates, attention
     "Attention normalised over slots; each slot gets the weighted mean of the values (Locatello et al. 2020, eq. 1-2), drawn to zero by `shrinkage`."
-    attention = (queries @ keys.mT - apart).softmax(1) + 1e-8
+    fit = queries @ keys.mT if apart is None else queries @ keys.mT - apart
+    attention = fit.softmax(1) + 1e-8
     return (attention/(attention.sum(-1, keepdim=True) + shrinkage*keys.shape[1])) @ values, attention
 
 # %% ../nbs/api/22_attention.ipynb #seeds001
@@ -100,7 +101,7 @@ class BottomUp(nn.Module):
         "What slots ask the keys."
         return self.to_q(self.norm_slots(slots))*slots.shape[-1]**-.5
 
-    def update(self, below:SlotGaussian, queries, keys, values, apart=0., places=None, seen=None)->tuple[SlotGaussian, Tensor]:
+    def update(self, below:SlotGaussian, queries, keys, values, apart=None, places=None, seen=None)->tuple[SlotGaussian, Tensor]:
         "Posterior of the next layer, and the attention that led to it."
         updates, attention = slot_attention(queries, keys, values, self.shrinkage, apart)
         if places is not None:
@@ -134,7 +135,7 @@ class BottomUp(nn.Module):
         if self.cells and places is None: raise EmorlError('A slot that takes a glimpse wants to know where the positions are: an anchored model tells it.')
         grid, features = features.shape[1:3], features.flatten(1, 2)
         if num_layers: keys, values, seen = self.to_k(features), self.to_v(features), self.to_cells(features) if self.cells else None
-        apart = 0.
+        apart = None
         if num_layers and self.seeded:
             at = seeds(keys.unflatten(1, grid), num_slots)
             apart = paths(at, keys.unflatten(1, grid)).flatten(2)/2*keys.shape[-1]**-.5
