@@ -138,7 +138,7 @@ class BottomUp(nn.Module):
         apart = None
         if num_layers and self.seeded:
             at = seeds(keys.unflatten(1, grid), num_slots)
-            apart = paths(at, keys.unflatten(1, grid)).flatten(2)/2*keys.shape[-1]**-.5
+            apart = paths(at, keys.unflatten(1, grid)).flatten(2)/2*keys.shape[-1]**-.5 # Once more, for now they are learned from
         for l in range(num_layers):
             if not self.seeded: asked = self.ask(slots), keys
             elif l == 0: asked = nearness(keys.take_along_dim(at[..., None], 1), keys)
