@@ -120,21 +120,17 @@ _published = [
 _published += map(_iodine, _published[:3])
 
 # %% ../nbs/api/70_presets.ipynb #6b396357
-_tetrominoes_cpu = Experiment('tetrominoes_cpu', 'tetrominoes',
-    EmorlConfig(num_slots=3, num_layers=5, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3.,
-        encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 1, 1), gain=1.41),
-        decoder='small', decoder_options=dict(widths=(64, 32, 32), kernels=(1, 1, 1, 3), paddings=(0, 0, 0, 1), gain=1.41, position_gain=4.)),
-    TrainConfig(num_steps=5200, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), average=.99,
-        eval_every=650, save_every=1300))
+def _for_one_core(name, data, num_slots, num_steps, strides=(2, 2, 1, 1), coarse=((0, 2), (1000, 1)), **model):
+    "Slots that start where the picture wants them, and paint canvases; at 64x64 pixels unless it says otherwise."
+    shape = dict(image_size=(64, 64), num_layers=3, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3., shrinkage=.05, anchored=True, glimpse=5, seeded=True,
+        refiner='natural', encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=strides, gain=1.41, position_gain=4., skip_gain=10.), decoder='canvas')
+    return Experiment(name, data, EmorlConfig(num_slots=num_slots, **shape | model), TrainConfig(num_steps=num_steps, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3,
+        refinements=((0, 2),), coarse=coarse, average=.99, eval_every=250, save_every=1000))
 
-def _seeded(name, data, num_slots, std, num_steps, **decoder):
-    "Backgrounds, spare slots and hidden objects at 64x64 pixels, for one core."
-    return Experiment(name, data,
-        EmorlConfig(num_slots=num_slots, image_size=(64, 64), num_layers=3, num_refinements=3, std=std, gain=1., gru_init='xavier', raw_bias=-3., shrinkage=.05, anchored=True, glimpse=5, seeded=True, refiner='natural',
-            encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 2, 1, 1), gain=1.41, position_gain=4., skip_gain=10.), decoder='canvas', decoder_options=decoder),
-        TrainConfig(num_steps=num_steps, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), coarse=((0, 2), (1000, 1)), average=.99, eval_every=250, save_every=1000))
-
-_cpu = [_tetrominoes_cpu, _seeded('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, .2, 3000), _seeded('clevr6_cpu', 'clevr6', 7, .1, 3000, shades=16)]
+_cpu = [
+    _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 5000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), decoder_options=dict(cells=5, shades=32)),
+    _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 5000, std=.2, geco_target=-1.597, geco_options=dict(start=1500, step_size=3e-5)),
+    _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16))]
 
 # %% ../nbs/api/70_presets.ipynb #3def0fa3
 def _gpu(e, more=4):

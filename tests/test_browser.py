@@ -99,7 +99,7 @@ def windows():
 @pytest.fixture
 def opened(browser, voila, windows):
     "The inspector as it opens (in a new page if the test before left it otherwise); in the end, nothing must have gone wrong."
-    def fresh(w): return 'reconstruction' in titles(w.page, 'scene') and titles(w.page, 'slots') == ['slot 0', 'slot 1', 'slot 2'] and picture(w.page, 'image') == w.first
+    def fresh(w): return 'reconstruction' in titles(w.page, 'scene') and titles(w.page, 'slots') == ['slot 0', 'slot 1', 'slot 2', 'slot 3'] and picture(w.page, 'image') == w.first
     if windows and not fresh(windows[0]): windows.pop().page.close()
     if not windows: windows.append(Watched(browser, voila))
     w = windows[0]
@@ -110,7 +110,7 @@ def opened(browser, voila, windows):
 
 def test_page_loads(opened):
     p = opened.page
-    assert titles(p, 'slots') == titles(p, 'masks') == ['slot 0', 'slot 1', 'slot 2']
+    assert titles(p, 'slots') == titles(p, 'masks') == ['slot 0', 'slot 1', 'slot 2', 'slot 3']
     assert 'reconstruction' in titles(p, 'scene'), 'nothing was edited by only looking'
     assert p.locator('.widget-slider:has(label:has-text("latent"))').count() == 6
     for src in (picture(p, 'image'), picture(p, 'reconstruction')): assert src.startswith('data:image/png') and len(src) > 200
@@ -159,9 +159,9 @@ def test_removing_a_slot_removes_it(opened):
     p.locator('.emorl-row:has(.emorl-label:text-is("slots")) .emorl-tile').nth(1).click()
     until(lambda: p.locator('.emorl-row:has(.emorl-label:text-is("slots")) .emorl-tile').nth(1).get_attribute('aria-pressed') == 'true', 'a click selects')
     button(p, 'remove').click()
-    until(lambda: titles(p, 'slots') == titles(p, 'masks') == ['slot 0', 'slot 2'], 'the slot is gone')
+    until(lambda: titles(p, 'slots') == titles(p, 'masks') == ['slot 0', 'slot 2', 'slot 3'], 'the slot is gone')
     button(p, 'reset').click()
-    until(lambda: titles(p, 'slots') == ['slot 0', 'slot 1', 'slot 2'], 'and back')
+    until(lambda: titles(p, 'slots') == ['slot 0', 'slot 1', 'slot 2', 'slot 3'], 'and back')
 
 def test_a_click_on_a_pixel_selects_its_owner(opened):
     p = opened.page

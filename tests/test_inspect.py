@@ -38,7 +38,7 @@ def png(pixels):
 def test_every_step_has_its_picture(inspector):
     k, seen = inspector.knobs, []
     for _, n in k.step.options: k.step.value = n; inspector.wait(); seen.append(sources(inspector)[2])
-    assert len(set(seen)) == len(k.step.options) == 8 and inspector.session.step == 'I3'
+    assert len(set(seen)) == len(k.step.options) == 6 and inspector.session.step == 'I3'
 
 @pytest.mark.parametrize('knob, value', [('index', 4), ('seed', 1), ('num_slots', 5), ('num_refinements', 1)])
 def test_a_choice_is_inferred_once(inspector, knob, value):
@@ -55,7 +55,7 @@ def test_a_choice_is_inferred_once(inspector, knob, value):
 def test_clicks_select(inspector):
     k = inspector.knobs
     k.board.clicked = dict(key='slot/2', x=-1, y=-1, count=1); inspector.wait()
-    assert k.slot.value == 2 and [t['selected'] for t in k.board.rows[1]['tiles']] == [False, False, True]
+    assert k.slot.value == 2 and [t['selected'] for t in k.board.rows[1]['tiles']] == [False, False, True, False]
     k.board.clicked = dict(key='scene/attention', x=20.5/35, y=14.5/35, count=2)
     assert k.slot.value == inspector.session.owner(20, 14)
     before = k.slot.value
@@ -94,13 +94,13 @@ def test_an_answer_that_comes_late_is_no_edit(inspector):
 def test_remove_duplicate_undo_reset(inspector):
     k, s = inspector.knobs, inspector.session
     k.slot.value = 1; k.remove.click(); inspector.wait()
-    assert keys(inspector) == ['slot/0', 'slot/2'] and inspector.selected in (0, 2)
+    assert keys(inspector) == ['slot/0', 'slot/2', 'slot/3'] and inspector.selected in (0, 2, 3)
     k.slot.value = 2; k.duplicate.click(); inspector.wait()
-    assert keys(inspector) == ['slot/0', 'slot/2', 'slot/3'] and k.slot.value == 3
-    assert [t['color'] for t in k.board.rows[1]['tiles']] == ['#%02x%02x%02x' % tuple((slot_colors(4)[i]*255).round().int().tolist()) for i in (0, 2, 3)]
-    k.reset.click(); inspector.wait(); assert keys(inspector) == ['slot/0', 'slot/1', 'slot/2'] and not s.edited
-    k.undo.click(); inspector.wait(); assert s.edited and k.slot.value in (0, 2, 3)
-    for _ in range(3):
+    assert keys(inspector) == ['slot/0', 'slot/2', 'slot/3', 'slot/4'] and k.slot.value == 4
+    assert [t['color'] for t in k.board.rows[1]['tiles']] == ['#%02x%02x%02x' % tuple((slot_colors(5)[i]*255).round().int().tolist()) for i in (0, 2, 3, 4)]
+    k.reset.click(); inspector.wait(); assert keys(inspector) == ['slot/0', 'slot/1', 'slot/2', 'slot/3'] and not s.edited
+    k.undo.click(); inspector.wait(); assert s.edited and k.slot.value in (0, 2, 3, 4)
+    for _ in range(4):
         k.remove.click(); inspector.wait()
     assert 'last slot' in k.message.value and len(keys(inspector)) == 1
     k.undo.click(); inspector.wait(); assert k.message.value == '' and len(keys(inspector)) == 2
@@ -109,14 +109,14 @@ def test_a_click_never_waits_for_the_background(inspector):
     k, held, draw = inspector.knobs, threading.Event(), inspector.refresh.work
     inspector.refresh.work = lambda: (held.wait(30), draw())
     began = time.perf_counter(); k.duplicate.click(); assert time.perf_counter() - began < 5 and k.slot.value == 0
-    held.set(); inspector.wait(); assert k.slot.value == 3 == inspector.selected and keys(inspector)[-1] == 'slot/3'
-    k.duplicate.click(); k.undo.click(); inspector.wait(); assert k.slot.value == 3 and k.message.value == '', 'a copy that is gone again is not selected'
+    held.set(); inspector.wait(); assert k.slot.value == 4 == inspector.selected and keys(inspector)[-1] == 'slot/4'
+    k.duplicate.click(); k.undo.click(); inspector.wait(); assert k.slot.value == 4 and k.message.value == '', 'a copy that is gone again is not selected'
 
 def test_second_image(inspector):
     k, s = inspector.knobs, inspector.session
     k.swap.click(); assert 'no second image' in k.message.value
     k.other.value = 7; k.beside.click(); inspector.wait()
-    assert keys(inspector, -1) == ['other/image', 'other/painted', 'other/0', 'other/1', 'other/2'] and k.message.value == ''
+    assert keys(inspector, -1) == ['other/image', 'other/painted', 'other/0', 'other/1', 'other/2', 'other/3'] and k.message.value == ''
     mine, theirs = s.scene.slots.clone(), s.other.slots.clone()
     k.board.clicked = dict(key='other/1', x=.5, y=.5, count=1); assert k.other_slot.value == 1
     k.swap.click(); assert torch.equal(s.scene.slots[0], theirs[1]) and torch.equal(s.other.slots[1], mine[0])
@@ -130,10 +130,10 @@ def test_a_second_image_stays_at_other_steps(inspector):
     k.other.value = 7; k.beside.click(); inspector.wait()
     beside = sources(inspector, -1)
     for step in ('L2', 'I1', 'I3'): k.step.value = step; inspector.wait(); assert keys(inspector, -1)[0] == 'other/image' and sources(inspector, -1) == beside
-    k.step.value = 'L5'; inspector.wait(); k.swap.click(); inspector.wait(); assert sources(inspector, -1) != beside, 'swapped at this step'
+    k.step.value = 'L3'; inspector.wait(); k.swap.click(); inspector.wait(); assert sources(inspector, -1) != beside, 'swapped at this step'
     k.step.value = 'I3'; inspector.wait(); assert sources(inspector, -1) == beside and not s.edited
     k.undo.click(); inspector.wait(); assert len(inspector.knobs.board.rows) == 4
-    k.step.value = 'L5'; inspector.wait(); assert s.edited and len(inspector.knobs.board.rows) == 5, 'where it was used it stays'
+    k.step.value = 'L3'; inspector.wait(); assert s.edited and len(inspector.knobs.board.rows) == 5, 'where it was used it stays'
 
 def test_a_move_is_quick(inspector):
     slider = inspector.knobs.latents[0]
@@ -184,14 +184,14 @@ def test_exports(inspector, monkeypatch):
     monkeypatch.setattr(inspector.knobs.board, 'save', lambda name, data: saved.append((name, data)))
     for b in ('png', 'gif', 'npz'): getattr(inspector.knobs, b).click()
     assert [n for n, _ in saved] == ['slots-0-I3.png', 'slots-0-I3.gif', 'slots-0-I3.npz']
-    assert Image.open(io.BytesIO(saved[0][1])).size[0] >= 600 and Image.open(io.BytesIO(saved[1][1])).n_frames == 8
-    with np.load(io.BytesIO(saved[2][1])) as f: assert f['slots'].shape == (3, 32)
+    assert Image.open(io.BytesIO(saved[0][1])).size[0] >= 600 and Image.open(io.BytesIO(saved[1][1])).n_frames == 6
+    with np.load(io.BytesIO(saved[2][1])) as f: assert f['slots'].shape == (4, 32)
     inspector.knobs.remove.click(); inspector.wait(); inspector.knobs.gif.click()
     def frames(data):
         with Image.open(io.BytesIO(data)) as gif:
             for n in range(gif.n_frames): gif.seek(n); yield np.asarray(gif.convert('RGB')).astype(int)
     old, new = (list(frames(saved[n][1])) for n in (1, 3))
-    assert len(new) == 9 and np.abs(new[7] - old[7]).mean() < 2 < np.abs(new[8] - new[7]).mean(), 'it ends with the edit'
+    assert len(new) == 7 and np.abs(new[5] - old[5]).mean() < 2 < np.abs(new[6] - new[5]).mean(), 'it ends with the edit'
 
 @pytest.mark.parametrize('make', [lambda: EfficientMORL(EmorlConfig(num_slots=2, slot_size=8, num_layers=0, num_refinements=1)),
                                   lambda: EfficientMORL(EmorlConfig(num_slots=2, slot_size=8, num_layers=2, num_refinements=0)),
