@@ -127,10 +127,18 @@ def _for_one_core(name, data, num_slots, num_steps, strides=(2, 2, 1, 1), coarse
     return Experiment(name, data, EmorlConfig(num_slots=num_slots, **shape | model), TrainConfig(num_steps=num_steps, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3,
         refinements=((0, 2),), coarse=coarse, average=.99, eval_every=250, save_every=1000))
 
+_tetrominoes_plain_cpu = Experiment('tetrominoes_plain_cpu', 'tetrominoes',
+    EmorlConfig(num_slots=3, num_layers=5, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3.,
+        encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=(2, 1, 1, 1), gain=1.41),
+        decoder='small', decoder_options=dict(widths=(64, 32, 32), kernels=(1, 1, 1, 3), paddings=(0, 0, 0, 1), gain=1.41, position_gain=4.)),
+    TrainConfig(num_steps=5200, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3, refinements=((0, 2),), average=.99,
+        eval_every=650, save_every=1300))
+
 _cpu = [
     _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 5000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), decoder_options=dict(cells=5, shades=32)),
     _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 5000, std=.2, geco_target=-1.597, geco_options=dict(start=1500, step_size=3e-5)),
-    _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16))]
+    _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16)),
+    _tetrominoes_plain_cpu]
 
 # %% ../nbs/api/70_presets.ipynb #3def0fa3
 def _gpu(e, more=4):
