@@ -23,7 +23,7 @@ from ..likelihood import likelihoods
 from .slot_model import Draw, ModelConfig, SlotModel
 from ..objective import Elbo, Geco, step_weights
 from ..painting import painter
-from ..prior import ConditionalPrior, hierarchical_kl
+from ..prior import ConditionalPrior, hierarchical_kl, hierarchies
 from ..refinement import refiners
 
 # %% ../../nbs/api/30_emorl.ipynb #36eb0886
@@ -63,6 +63,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
     ):
         super().__init__(config)
         c = config
+        lookup(c.hierarchy, hierarchies, 'hierarchy of priors')
         if c.anchored and c.slot_size < 2: raise EmorlError(f'The place of an anchored slot is two latents; it has {c.slot_size}.')
         if c.glimpse and not c.anchored: raise EmorlError('A glimpse is taken around the place of a slot, which only an anchored one has: anchored=true.')
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
