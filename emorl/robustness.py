@@ -16,7 +16,7 @@ import numpy as np
 from .core import EmorlError, lookup
 from .data import clevr, dsprites
 from .data.datasets import Cropped, makers, open_at
-from .data.scenes import SceneDataset, Subset
+from .data.scenes import InMemory, SceneDataset, Subset
 from .data.shifts import Shift
 from .evaluate import _cells, evaluate
 from .files import write_json
@@ -42,6 +42,8 @@ def _shifted(name, shift, image_size, num, seed):
     return data if tuple(data.image_size[1:]) == tuple(image_size) else Cropped(data, image_size[0])
 
 def _first(data, num): return Subset(data, np.arange(min(num, len(data))))
+
+def _once(data): return InMemory(data.batch(np.arange(len(data))), data.name) # Most conditions share these scenes
 
 def _slots(model, base, new):
     k = model.config.num_slots
@@ -75,7 +77,7 @@ def conditions(
 )->list[Condition]:
     "What to evaluate under; an `EmorlError` for a study that the dataset cannot make."
     generated, size = data in makers, model.config.image_size
-    base = _shifted(data, Shift(), size, num_images, seed) if generated else _first(open_at(data, 'test', size), num_images)
+    base = _once(_shifted(data, Shift(), size, num_images, seed) if generated else _first(open_at(data, 'test', size), num_images))
     new = lambda shift: _shifted(data, shift, size, num_images, seed)
     res = []
     for name in which or studies:
