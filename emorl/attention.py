@@ -32,21 +32,30 @@ def paths(
     starts:Int[Tensor, 'b n'],     # Positions, of h*w
     keys:Float[Tensor, 'b h w d'], # One per position
     rounds:int=2,                  # Of four sweeps each, along columns and rows, back and forth
+    tolerance:float=0.,            # Of each step so many times the image's median step are free
 )->Float[Tensor, 'b n h w']:       # By the cheapest path found; one with more turns than sweeps may be missed
     "What it costs to come from each start to each position, where a step to a neighbour costs the squared difference of their keys."
     b, h, w, _ = keys.shape
     cost = keys.new_full((*starts.shape, h*w), torch.inf).scatter(2, starts[..., None], 0.).unflatten(2, (h, w))
-    down, right = ((keys.diff(dim=i).square().sum(-1).cumsum(i)) for i in (1, 2))
+    steps = [keys.diff(dim=i).square().sum(-1) for i in (1, 2)]
+    if tolerance: steps = [(s - tolerance*_median(*steps)).clamp_min(0) for s in steps]
+    down, right = (s.cumsum(i) for i, s in zip((1, 2), steps))
     walls = (-2, F.pad(down, (0, 0, 1, 0))[:, None]), (-1, F.pad(right, (1, 0))[:, None])
     for dim, way in walls*rounds: # Of all positions behind, the best to come from is that with the least cost minus the way to it
         cost = torch.minimum(cost, way + (cost - way).cummin(dim).values)
         cost = torch.minimum(cost, (cost + way).flip(dim).cummin(dim).values.flip(dim) - way)
     return cost
 
+def _median(*steps):
+    "Of all steps in each image, [b 1 1]; a bound that nothing is learned from."
+    s = torch.cat([s.detach().flatten(1) for s in steps], 1)
+    return s.sort(1).values[:, s.shape[1]//2, None, None]
+
 def seeds(
     keys:Float[Tensor, 'b h w d'], # One per position
     num_slots:int,                 # K
     candidates:int=16,             # Positions that are tried for each seed
+    tolerance:float=0.,            # See `paths`
 )->Int[Tensor, 'b k']:             # Positions h*w, the one that explains most first
     "Positions from which as many segments can grow: greedy k-means++ by the cost of `paths`."
     (b, h, w, _), image, found = keys.shape, torch.arange(len(keys), device=keys.device), []
@@ -55,7 +64,7 @@ def seeds(
         for _ in range(num_slots):
             mass = left.cumsum(1)
             tried = torch.searchsorted(mass, mass[:, -1:]*(torch.arange(candidates, device=keys.device) + .5)/candidates).clamp_max(h*w - 1)
-            reached = torch.minimum(paths(tried, keys).flatten(2), explained[:, None])
+            reached = torch.minimum(paths(tried, keys, tolerance=tolerance).flatten(2), explained[:, None])
             best = reached.sum(2).argmin(1)
             found.append(tried[image, best]); left = explained = reached[image, best]
     return torch.stack(found, 1)
@@ -81,9 +90,10 @@ class BottomUp(nn.Module):
         glimpse:int=0,        # Cells a side of what a slot sees around its place, see `glimpse`; 0, as published: none
         reach:float=.3,       # From a slot's place to the outermost cell, in halves of the picture
         seeded:bool=False,    # Slots start at positions that explain the others, see `seeds`; published: at random
+        tolerance:float=0.,   # Of these, see `paths`
     ):
         super().__init__()
-        d, self.shrinkage, self.cells, self.reach, self.seeded = slot_size, shrinkage, glimpse, reach, seeded
+        d, self.shrinkage, self.cells, self.reach, self.seeded, self.tolerance = slot_size, shrinkage, glimpse, reach, seeded, tolerance
         self.loc, self.raw = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.ones(d))
         self.norm_slots, self.norm_loc, self.norm_raw = (nn.LayerNorm(d) for _ in range(3))
         self.to_q, self.to_k, self.to_v = (xavier_(nn.Linear(i, d, bias=False), gain) for i in (d, features, features))
@@ -137,8 +147,8 @@ class BottomUp(nn.Module):
         if num_layers: keys, values, seen = self.to_k(features), self.to_v(features), self.to_cells(features) if self.cells else None
         apart = None
         if num_layers and self.seeded:
-            at = seeds(keys.unflatten(1, grid), num_slots)
-            apart = paths(at, keys.unflatten(1, grid)).flatten(2)/2*keys.shape[-1]**-.5 # Once more, for now they are learned from
+            at = seeds(keys.unflatten(1, grid), num_slots, tolerance=self.tolerance)
+            apart = paths(at, keys.unflatten(1, grid), tolerance=self.tolerance).flatten(2)/2*keys.shape[-1]**-.5 # Once more, for now they are learned from
         for l in range(num_layers):
             if not self.seeded: asked = self.ask(slots), keys
             elif l == 0: asked = nearness(keys.take_along_dim(at[..., None], 1), keys)

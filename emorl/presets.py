@@ -136,7 +136,7 @@ _tetrominoes_plain_cpu = Experiment('tetrominoes_plain_cpu', 'tetrominoes',
 
 _cpu = [
     _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 5000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), decoder_options=dict(cells=5, shades=32)),
-    _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 6000, std=.2, geco_target=-1.602, geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(hidden=512)),
+    _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 5000, std=.2, geco_target=-1.597, geco_options=dict(start=1500, step_size=3e-5)),
     _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16)),
     _tetrominoes_plain_cpu]
 

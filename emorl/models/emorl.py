@@ -40,6 +40,7 @@ class EmorlConfig(ModelConfig):
     anchored:bool = False         # A slot's first two latents are where its attention lies, see `BottomUp`
     glimpse:int = 0               # Cells a side of what a slot sees around its place, see `BottomUp`; wants `anchored`
     seeded:bool = False           # Slots start where the picture wants them, see `seeds`; published: at random
+    tolerance:float = 0.          # How unlike neighbours may be for nothing, in medians, see `paths`
     refiner:str = 'published'     # 'published', or 'natural', see `NaturalRefiner`
     encoder:dict = field(default_factory=dict) # Options of `Encoder`; empty is the published one
     decoder:str = 'small'         # 'small', 'iodine', 'big'; or 'canvas', see `CanvasDecoder`
@@ -67,7 +68,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         if c.anchored and c.slot_size < 2: raise EmorlError(f'The place of an anchored slot is two latents; it has {c.slot_size}.')
         if c.glimpse and not c.anchored: raise EmorlError('A glimpse is taken around the place of a slot, which only an anchored one has: anchored=true.')
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
-        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage, c.glimpse, seeded=c.seeded)
+        self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage, c.glimpse, seeded=c.seeded, tolerance=c.tolerance)
         self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), lookup(c.refiner, refiners, 'refiner')(c.slot_size, c.gain)
         self.decoder = make_decoder(c.decoder, c.slot_size, **({'gain': c.gain} | c.decoder_options))
         self.likelihood = partial(lookup(c.likelihood, likelihoods, 'likelihood'), std=c.std)
