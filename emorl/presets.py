@@ -120,12 +120,12 @@ _published = [
 _published += map(_iodine, _published[:3])
 
 # %% ../nbs/api/70_presets.ipynb #6b396357
-def _for_one_core(name, data, num_slots, num_steps, strides=(2, 2, 1, 1), coarse=((0, 2), (1000, 1)), **model):
+def _for_one_core(name, data, num_slots, num_steps, strides=(2, 2, 1, 1), coarse=((0, 2), (1000, 1)), refinements=((0, 2),), **model):
     "Slots that start where the picture wants them, and paint canvases; at 64x64 pixels unless it says otherwise."
     shape = dict(image_size=(64, 64), num_layers=3, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3., shrinkage=.05, anchored=True, glimpse=5, seeded=True,
         refiner='natural', encoder=dict(widths=(32, 32, 32, 64), kernels=(5, 3, 3, 3), strides=strides, gain=1.41, position_gain=4., skip_gain=10.), decoder='canvas')
     return Experiment(name, data, EmorlConfig(num_slots=num_slots, **shape | model), TrainConfig(num_steps=num_steps, batch_size=16, lr=2e-3, warmup=200, decay='linear', layers=3,
-        refinements=((0, 2),), coarse=coarse, average=.99, eval_every=250, save_every=1000))
+        refinements=refinements, coarse=coarse, average=.99, eval_every=250, save_every=1000))
 
 _tetrominoes_plain_cpu = Experiment('tetrominoes_plain_cpu', 'tetrominoes',
     EmorlConfig(num_slots=3, num_layers=5, num_refinements=3, std=.1, gain=1., gru_init='xavier', raw_bias=-3.,
@@ -135,8 +135,10 @@ _tetrominoes_plain_cpu = Experiment('tetrominoes_plain_cpu', 'tetrominoes',
         eval_every=650, save_every=1300))
 
 _cpu = [
-    _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 5000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), decoder_options=dict(cells=5, shades=32)),
-    _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 5000, std=.2, geco_target=-1.597, geco_options=dict(start=1500, step_size=3e-5)),
+    _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 3000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), tolerance=2., geco_target=-2.2876,
+        geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(cells=5, shades=32, hidden=512)),
+    _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 8000, refinements=((0, 2), (4000, 4)), num_refinements=4, std=.2, geco_target=-1.602,
+        geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(hidden=512)),
     _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16)),
     _tetrominoes_plain_cpu]
 

@@ -67,6 +67,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         lookup(c.hierarchy, hierarchies, 'hierarchy of priors')
         if c.anchored and c.slot_size < 2: raise EmorlError(f'The place of an anchored slot is two latents; it has {c.slot_size}.')
         if c.glimpse and not c.anchored: raise EmorlError('A glimpse is taken around the place of a slot, which only an anchored one has: anchored=true.')
+        if c.tolerance < 0 or c.tolerance and not c.seeded: raise EmorlError(f'The tolerance is what is free on the ways to seeds: not below zero, and with seeded=true; got {c.tolerance}.')
         self.encoder = Encoder(**({'gain': c.gain} | c.encoder))
         self.bottom_up = BottomUp(self.encoder.norm.normalized_shape[0], c.slot_size, c.gru, c.gru_init, c.gain, c.raw_bias, c.shrinkage, c.glimpse, seeded=c.seeded, tolerance=c.tolerance)
         self.prior, self.refiner = ConditionalPrior(c.slot_size, c.gain, c.raw_bias), lookup(c.refiner, refiners, 'refiner')(c.slot_size, c.gain)
