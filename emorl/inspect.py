@@ -175,7 +175,7 @@ def _refresh(self):
         if s.now is None or wanted != s.now.choice:
             k.status.value = 'inferring ...'
             s.open(wanted)
-            k.message.value = ''
+            k.message.value, self.wants_slot = '', s.foremost()
         if self.wants_beside:
             k.status.value, self.wants_beside = 'inferring the second image ...', False
             s.beside(replace(wanted, index=k.other.value, picture=None))
@@ -244,7 +244,7 @@ def _place(self):
         (lo, hi), value = map(float, self.ranges[latent]), float(scene.slots[self.selected, latent])
         lo, hi = min(lo, value), max(hi, value)
         if (slider.min, slider.max) != (lo, hi) or value not in (slider.value, *(v for _, v, _ in slider.placed[-1:])):
-            slider.placed = [*slider.placed[-3:], (time.monotonic(), value, step := (hi - lo)/100 or 1.)]
+            slider.placed = [*_recent(slider.placed), (time.monotonic(), value, step := (hi - lo)/100 or 1.)]
             with slider.hold_sync(), slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = lo, hi, step, value # in one message
     if k.sliders.children != tuple(shown): k.sliders.children = shown
 
@@ -290,10 +290,11 @@ def _put_beside(self, _): self.wants_beside = True; self.refresh()
 def _uploaded(self, change):
     if change.new: self.picture = bytes(change.new[0]['content']); self.knobs.upload.value = (); self.refresh()
 
+def _recent(placed): return [p for p in placed if time.monotonic() - p[0] < 10] # s; a busy machine's browser answers after several clicks
+
 def _is_answer(slider, value):
     "Whether a browser only sends back what was placed, rounded to its steps; maybe late, when the next value is placed already."
-    fresh = slider.placed and time.monotonic() - slider.placed[-1][0] < 5
-    return any(abs(value - min(max(v, slider.min), slider.max)) <= .501*step for _, v, step in slider.placed[0 if fresh else -1:])
+    return any(abs(value - min(max(v, slider.min), slider.max)) <= .501*step for _, v, step in _recent(slider.placed) or slider.placed[-1:])
 
 def _moved(self, change):
     "A slider of a latent was moved."

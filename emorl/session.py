@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Choice', 'Inferred', 'open_picture', 'infer_choice', 'SlotScene', 'scene_of', 'Remembering', 'Session', 'apply',
-           'undo', 'reset', 'beside', 'remove', 'duplicate', 'set_latent', 'swap', 'blend', 'numbers', 'owner', 'facts',
-           'to_npz', 'to_png', 'to_gif']
+           'undo', 'reset', 'beside', 'remove', 'duplicate', 'set_latent', 'swap', 'blend', 'numbers', 'owner',
+           'foremost', 'facts', 'to_npz', 'to_png', 'to_gif']
 
 # %% ../nbs/api/45_session.ipynb #c1219179
 import io, zlib
@@ -268,6 +268,11 @@ def owner(self:Session, x:int, y:int)->int:
     if not (0 <= x < w and 0 <= y < h): raise EmorlError(f'The image has {w} by {h} pixels; ({x}, {y}) is not one of them.')
     return int(self.paint().segmentation[0, y, x])
 
+def foremost(self:Session)->int:
+    "The slot to look at first: of those that own a pixel, the second largest; the largest is the background as a rule, and an empty one shows nothing."
+    owned = self.paint().segmentation.flatten().bincount().sort(descending=True, stable=True)
+    return int(owned.indices[min(1, int(owned.values.gt(0).sum()) - 1)])
+
 def facts(self:Session, k:int)->dict:
     "The factors of the object that slot `k` covers most, by the dataset; an `EmorlError` if it tells none."
     s = self.now.scenes
@@ -277,7 +282,7 @@ def facts(self:Session, k:int)->dict:
     entity = int(shared[1:, k].argmax()) + 1
     return {'object': entity} | {n: v[0, entity] for n, v in s.factors.items()}
 
-Session.numbers, Session.owner, Session.facts = numbers, owner, facts
+Session.numbers, Session.owner, Session.foremost, Session.facts = numbers, owner, foremost, facts
 
 # %% ../nbs/api/45_session.ipynb #a2e0259b
 def _bytes(write):
