@@ -62,7 +62,7 @@ class Experiment:
     def __str__(self):
         m, t = self.model, self.train
         curriculum = ', then '.join(str(i) for _, i in t.refinements)
-        return f'{self.name:30}{m.kind:15} K {m.num_slots:<3} D {m.slot_size:<3} L {m.num_layers}  I {curriculum:10} {"x".join(map(str, m.image_size)):8} {t.num_steps:>7,} steps of {t.batch_size}'
+        return f'{self.name:30}{m.kind:15} K {m.num_slots:<3} D {m.slot_size:<3} L {t.layers or m.num_layers}  I {curriculum:10} {"x".join(map(str, m.image_size)):8} {t.num_steps:>7,} steps of {t.batch_size}'
     def to_dict(self)->dict:
         "Plain values, as JSON can say them."
         return json.loads(json.dumps(asdict(self)))

@@ -162,7 +162,7 @@ def _look(world, size, crop, samples):
     alone = np.zeros(len(world), np.int64)
     for k in range(len(world)):
         win = _window(world, k, rows, columns)
-        tk = _hit(world, k, o, d[:, *win].reshape(3, -1)).reshape(t[win].shape)
+        tk = _hit(world, k, o, d[(slice(None), *win)].reshape(3, -1)).reshape(t[win].shape)
         near = tk < t[win]
         t[win][near] = tk[near]; owner[win][near] = k + 1; alone[k] = np.isfinite(tk).sum()
     return owner, t, d, alone
