@@ -7,7 +7,7 @@ __all__ = ['board_rows', 'numbers_table', 'SlotInspector', 'board_picture', 'on_
            'serve']
 
 # %% ../nbs/api/61_inspect.ipynb #75394687
-import base64, html, io, math, os, random, signal, socket, subprocess, sys, tempfile, threading, time
+import base64, html, io, math, os, random, signal, socket, subprocess, sys, tempfile, threading
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -96,6 +96,22 @@ def _facts_text(session, k):
 def _integer(value, name, high, low=0): return widgets.BoundedIntText(value, low, high, description=name, layout={'width': '10.5em'}, style={'description_width': '5.5em'})
 def _button(name, tip=''): return widgets.Button(description=name, tooltip=tip, layout={'width': 'auto'})
 
+class _Latent(widgets.HBox):
+    "A slider and a number for whichever latent of a slot it is put on."
+    def __init__(self):
+        self.slider, self.number = widgets.IntSlider(0, 0, 100, readout=False, layout={'width': '22em'}), widgets.FloatText(tooltip='the value of this latent', layout={'width': '5.5em'})
+        self.slot = self.latent = self.range = None
+        super().__init__([self.slider, self.number])
+    def put(self, slot, latent, range, value):
+        "Show a value; one beyond the range widens it, until there is another latent to show."
+        if (slot, latent) != (self.slot, self.latent): self.slot, self.latent, self.range = slot, latent, range
+        lo, hi = self.range = min(self.range[0], value), max(self.range[1], value)
+        self.slider.description, self.slider.value, self.number.value = f'latent {latent}', round(100*(value - lo)/(hi - lo or 1)), round(value, 3)
+    def value(self, position):
+        "What the latent is at a position of the slider."
+        lo, hi = self.range
+        return lo + (hi - lo)*position/100
+
 class _Knobs:
     "All widgets of the inspector, by name."
     def __init__(self, session, index, num_latents, size):
@@ -107,8 +123,7 @@ class _Knobs:
         widgets.jslink((self.play, 'value'), (self.step, 'index'))
         self.board, self.numbers, self.facts = Board(size=size), widgets.HTML(), widgets.HTML()
         self.slot = widgets.ToggleButtons(options=[('slot 0', 0)], style={'button_width': 'auto'})
-        self.sliders, self.latents = widgets.VBox(), [widgets.FloatSlider(description='latent', readout_format='.2f', continuous_update=True, layout={'width': '26em'}) for _ in range(num_latents)]
-        for slider in self.latents: slider.slot, slider.latent, slider.placed = None, None, []
+        self.sliders, self.latents = widgets.VBox(), [_Latent() for _ in range(num_latents)]
         self.remove, self.duplicate = _button('remove', 'Take the selected slot away'), _button('duplicate', 'Double the selected slot')
         self.undo, self.reset = _button('undo', 'Take the last change back'), _button('reset', 'Back to the slots as inferred')
         self.other, self.beside = _integer(0, 'second', n - 1), _button('put beside', 'Have a second image at hand')
@@ -237,16 +252,12 @@ def _rank(self):
 
 def _place(self):
     "Put the sliders where the selected slot is; out of sight as long as nobody knows which latents matter."
-    k, scene = self.knobs, self.session.scene
-    shown = k.latents[:len(self.best)] if self.ranked == (self.session.now.choice, self.session.step, self.selected) else []
-    for slider, latent in zip(shown, self.best):
-        slider.latent, slider.slot, slider.description = latent, self.selected, f'latent {latent}'
-        (lo, hi), value = map(float, self.ranges[latent]), float(scene.slots[self.selected, latent])
-        lo, hi = min(lo, value), max(hi, value)
-        if (slider.min, slider.max) != (lo, hi) or value not in (slider.value, *(v for _, v, _ in slider.placed[-1:])):
-            slider.placed = [*_recent(slider.placed), (time.monotonic(), value, step := (hi - lo)/100 or 1.)]
-            with slider.hold_sync(), slider.hold_trait_notifications(): slider.min, slider.max, slider.step, slider.value = lo, hi, step, value # in one message
-    if k.sliders.children != tuple(shown): k.sliders.children = shown
+    k, slots = self.knobs, self.session.scene.slots
+    known = self.ranked == (self.session.now.choice, self.session.step, self.selected)
+    k.sliders.layout.visibility = 'visible' if known else 'hidden' # browsers build anew what is taken away and given back
+    if not known: return
+    for knob, latent in zip(k.latents, self.best): knob.put(self.selected, latent, tuple(map(float, self.ranges[latent])), slots[self.selected, latent].item())
+    if len(k.sliders.children) != len(self.best): k.sliders.children = k.latents[:len(self.best)]
 
 SlotInspector._rank, SlotInspector._place = _rank, _place
 
@@ -270,7 +281,9 @@ def _connect(self):
     for knob in (k.slot, k.other_slot): on(knob, self._rest_blend)
     on(k.index, self._go); on(k.upload, self._uploaded); on(k.board, self._clicked, 'clicked')
     on(k.step, lambda c: self.session.now and c.new in self.session.now.steps and self._do('look', c.new))
-    for slider in k.latents: on(slider, self._moved)
+    for one in k.latents:
+        on(one.slider, lambda c, one=one: self._moved(one, one.value(c.new)))
+        on(one.number, lambda c, one=one: self._moved(one, c.new))
     on(k.blend, lambda c: self._do('blend', self.selected, k.other_slot.value, c.new))
     k.random.on_click(lambda _: setattr(k.index, 'value', random.choice([i for i in range(k.index.max + 1) if i != k.index.value] or [0])))
     k.remove.on_click(lambda _: self._do('remove', self.selected)); k.undo.on_click(lambda _: self._do('undo')); k.reset.on_click(lambda _: self._do('reset'))
@@ -282,7 +295,8 @@ def _send_again(self):
     "Tell a page that has just come up what changed while it was loading; not in the middle of a change."
     with self.lock:
         for w in vars(self.knobs).values():
-            for one in w if isinstance(w, list) else [w]: one.send_state()
+            for one in w if isinstance(w, list) else [w]:
+                for part in (one, *getattr(one, 'children', ())): part.send_state()
 
 def _go(self, change): self.picture = None; self.refresh()
 def _put_beside(self, _): self.wants_beside = True; self.refresh()
@@ -290,19 +304,9 @@ def _put_beside(self, _): self.wants_beside = True; self.refresh()
 def _uploaded(self, change):
     if change.new: self.picture = bytes(change.new[0]['content']); self.knobs.upload.value = (); self.refresh()
 
-def _recent(placed): return [p for p in placed if time.monotonic() - p[0] < 10] # s; a busy machine's browser answers after several clicks
-
-def _is_answer(slider, value):
-    "Whether a browser only sends back what was placed, rounded to its steps; maybe late, when the next value is placed already."
-    return any(abs(value - min(max(v, slider.min), slider.max)) <= .501*step for _, v, step in _recent(slider.placed) or slider.placed[-1:])
-
-def _moved(self, change):
-    "A slider of a latent was moved."
-    slider = change.owner
-    with self.lock: answer = _is_answer(slider, change.new)
-    if slider.slot != self.selected or answer: return
-    slider.placed = []
-    self._do('set_latent', slider.slot, slider.latent, change.new)
+def _moved(self, knob, value):
+    "A latent was moved; not if its knob has yet to follow to another slot."
+    if knob.slot == self.selected: self._do('set_latent', knob.slot, knob.latent, value)
 
 def _rest_blend(self, _=None):
     "Put the slider of blending back to 0, unless it says how far the last change went."

@@ -3,7 +3,7 @@
 Needs Chromium (on Debian: apt-get install --no-install-recommends chromium) and `pip install emorl[inspect,dev]`; without them it is skipped, visibly.
 Set EMORL_SCREENSHOTS to a folder to keep what the browser showed.
 """
-import io, os, re, shutil, signal, socket, subprocess, sys, time
+import io, json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import urlopen
@@ -61,7 +61,8 @@ class Watched:
     "A page, and everything that went wrong in it."
     def __init__(self, browser, url, size=(1250, 1000), **options):
         self.page = browser.new_page(viewport=dict(width=size[0], height=size[1]), **options)
-        self.errors, self.requests, self.failed, host = [], [], [], urlparse(url).netloc
+        self.errors, self.requests, self.failed, self.sent, host = [], [], [], [], urlparse(url).netloc
+        self.page.on('websocket', lambda w: w.on('framesent', lambda data: self.sent.append(data.encode() if isinstance(data, str) else data)))
         self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.on('request', lambda r: self.requests.append(r.url))
@@ -147,14 +148,22 @@ def test_latent_slider_decodes_and_undo_takes_it_back(opened):
     handle = p.locator('.widget-slider:has(label:has-text("latent")) .noUi-handle').first
     at, lo, hi = (float(handle.get_attribute(f'aria-value{a}')) for a in ('now', 'min', 'max'))
     handle.focus()
+    number = p.locator('.widget-hbox:has(> .widget-slider label:has-text("latent")) > .widget-text input').first
+    value = number.input_value()
     for _ in range(12): p.keyboard.press('ArrowRight' if at - lo < hi - at else 'ArrowLeft') # where there is room
     until(lambda: 'edited' in titles(p, 'scene') and picture(p, 'edited') != first, 'a moved latent changes the picture')
+    until(lambda: number.input_value() != value, 'and says its value')
     def rests(): # the browser sends the last of many values only when those before are answered
         before = picture(p, 'edited'); time.sleep(1)
         return picture(p, 'edited') == before
     until(rests, 'the picture comes to rest')
     button(p, 'undo').click()
     until(lambda: 'reconstruction' in titles(p, 'scene') and picture(p, 'reconstruction') == first, 'undo takes all of it back')
+    until(lambda: number.input_value() == value, 'and its number too')
+    number.fill('2.5'); number.press('Enter')
+    until(lambda: 'edited' in titles(p, 'scene') and picture(p, 'edited') != first, 'a value can be typed')
+    button(p, 'undo').click()
+    until(lambda: 'reconstruction' in titles(p, 'scene') and picture(p, 'reconstruction') == first, 'and be taken back')
 
 def test_removing_a_slot_removes_it(opened):
     p = opened.page
@@ -175,16 +184,19 @@ def test_a_click_on_a_pixel_selects_its_owner(opened):
         until(lambda: chosen() == f'slot {session.owner(x*35//104, y*35//104)}', 'the slot that owns this corner')
     p.locator('.emorl-tile').nth(7).focus(); p.keyboard.press('Enter')
     until(lambda: chosen() == p.locator('.emorl-tile > span').nth(7).inner_text(), 'the keyboard selects a slot too')
-    time.sleep(1) # sliders were placed anew for every slot, and the browser has answered with what it rounded
+    time.sleep(1) # sliders were put on every slot in turn, which browsers are not to answer
     assert 'reconstruction' in titles(p, 'scene'), 'nothing was edited by only looking'
 
 def test_looking_is_no_edit(opened):
     p = opened.page
+    opened.sent.clear()
     tiles = p.locator('.emorl-row:has(.emorl-label:text-is("slots")) .emorl-tile')
     for _ in range(8): # faster than the browser answers
         for k in (1, 2, 0): tiles.nth(k).click(); time.sleep(.08)
         time.sleep(.8)
         assert 'reconstruction' in titles(p, 'scene')
+    told = [set(json.loads(t)) for frame in opened.sent for t in re.findall(rb'"method":"update","state":(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})', frame)]
+    assert len(told) >= 12 and set.union(*told) == {'clicked'}, 'the kernel hears of clicks, and of nothing that the browser rounded'
 
 def files(pixels):
     file = io.BytesIO(); Image.fromarray(pixels).save(file, 'PNG')
