@@ -169,6 +169,10 @@ class SlotInspector(widgets.VBox):
     def selected(self)->int:
         "The selected slot."
         return self.knobs.slot.value
+    @property
+    def seen(self)->tuple:
+        "What is being looked at: a choice, a step of it, a slot."
+        return self.session.now.choice, self.session.step, self.selected
     @contextmanager
     def _arranging(self):
         "Within the context this thread moves knobs without being heard."
@@ -239,7 +243,7 @@ for f in (_refresh, _show, _offer, _failed): setattr(SlotInspector, f.__name__, 
 def _rank(self):
     "Give the sliders the latents of the selected slot that change the picture most."
     s, slot = self.session, self.selected
-    wanted = (s.now.choice, s.step, slot)
+    wanted = self.seen
     if wanted == self.ranked or slot >= len(s.scene.present): return
     try:
         if self.ranges is None: self.ranges = latent_ranges(s.model, s.dataset, 100)
@@ -247,15 +251,15 @@ def _rank(self):
         moved = sweep(s.scene.slots[slot], range(d), self.ranges, 2)
         active = activeness(vary(s.decoder, s.paint(), slot, moved.flatten(0, 1), 16).unflatten(0, moved.shape[:2]))
         best = np.argsort(-np.asarray(active), kind='stable')[:len(self.knobs.latents)].tolist()
-        with self._arranging(): self.best, self.ranked = best, wanted; self._place()
+        with self._arranging():
+            if wanted == self.seen: self.best, self.ranked = best, wanted; self._place() # or else something newer is being looked at
     except Exception as e: self.ranked = wanted; self.knobs.message.value = f'<b role="alert" style="color:#D55E00">{html.escape(_sentence(e))}</b>'
 
 def _place(self):
     "Put the sliders where the selected slot is; out of sight as long as nobody knows which latents matter."
     k, slots = self.knobs, self.session.scene.slots
-    known = self.ranked == (self.session.now.choice, self.session.step, self.selected)
-    k.sliders.layout.visibility = 'visible' if known else 'hidden' # browsers build anew what is taken away and given back
-    if not known: return
+    k.sliders.layout.visibility = 'visible' if self.ranked == self.seen else 'hidden' # browsers build anew what is taken away and given back
+    if self.ranked != self.seen: return
     for knob, latent in zip(k.latents, self.best): knob.put(self.selected, latent, tuple(map(float, self.ranges[latent])), slots[self.selected, latent].item())
     if len(k.sliders.children) != len(self.best): k.sliders.children = k.latents[:len(self.best)]
 

@@ -30,23 +30,26 @@ def held_out_curve(
     return [{k: round(l[k], 5) for k in keep if k in l} for l in read_lines(Path(run)/'metrics.jsonl') if 'mse' in l]
 
 def _activeness(model, data, num):
+    num = num or 100
     scenes = open_at(data, 'test', model.config.image_size)
     return [float(f'{a:.4g}') for a in latent_activeness(model, scenes, latent_ranges(model, scenes, num), num).mean(0)]
 
-def _robustness(model, data, num): return robustness(model, conditions(model, data, num_images=num)).json()
+def _robustness(model, data, num): return robustness(model, conditions(model, data, num_images=num or 100)).json()
 
-_studies = {'activeness': _activeness, 'robustness': _robustness} # Of the model rather than of a scene
+def _means(model, data, num): return evaluate(model, open_at(data, 'test', model.config.image_size), num, sample=False).json()
+
+_studies = {'means': _means, 'activeness': _activeness, 'robustness': _robustness}
 
 def measured(
     model:SlotModel,
     tests:tuple,       # Datasets to measure on: their split `test`, at the model's size
     num:int=None,      # Scenes of each; None: see `evaluate`
-    also:tuple=(),     # Beside the published metrics: others of `metric_names`; of the first of `tests`, 'activeness' (mean of each latent, see `latent_activeness`) and 'robustness'
-)->dict:               # `results` of each dataset, and those two
+    also:tuple=(),     # Beside the published metrics: others of `metric_names`; of the first of `tests`, 'means' (the published metrics of posterior means), 'activeness' (mean of each latent, see `latent_activeness`) and 'robustness'
+)->dict:               # `results` of each dataset, and those three
     "What there is to say of a trained model."
     size, metrics = model.config.image_size, ('published', *(m for m in also if m not in _studies))
     res = {'results': {d: evaluate(model, open_at(d, 'test', size), num, metrics=metrics).json() for d in tests}}
-    return res | {m: _studies[m](model, tests[0], num or 100) for m in also if m in _studies}
+    return res | {m: _studies[m](model, tests[0], num) for m in also if m in _studies}
 
 def trial(
     e:Experiment,

@@ -16,6 +16,7 @@ from emorl.data.hdf5 import HDF5Scenes, write_hdf5
 from emorl.data.scenes import InMemory, Scenes
 from emorl.data.tetrominoes import tetrominoes_real
 from emorl.inspect import SlotInspector, app, app_notebook, free_port
+from emorl.metrics.disentanglement import activeness
 from emorl.models.adapter import Adapted
 from emorl.models.emorl import EfficientMORL, EmorlConfig
 from emorl.models.slot_attention import SlotAttention, SlotAttentionConfig
@@ -91,6 +92,15 @@ def test_a_slider_has_nothing_that_a_browser_rounds(inspector):
     for slot in range(4):
         k.slot.value = slot; inspector.wait()
         for x in k.latents: assert type(x.slider.value) is int and (x.slider.min, x.slider.max, x.slider.step) == (0, 100, 1)
+
+def test_a_late_ranking_does_not_hide_the_sliders(inspector, monkeypatch):
+    k, begun, held, real = inspector.knobs, threading.Event(), threading.Event(), activeness
+    def slow(*args): begun.set(); held.wait(30); return real(*args)
+    monkeypatch.setattr('emorl.inspect.activeness', slow)
+    k.step.value = 'I2'; assert begun.wait(30)
+    k.step.value = 'I3'; inspector.refresh.wait(); assert k.sliders.layout.visibility == 'visible', 'known from before'
+    shown = []; k.sliders.layout.observe(lambda c: shown.append(c.new), 'visibility')
+    held.set(); inspector.wait(); assert shown == [] and inspector.ranked == inspector.seen
 
 def test_a_number_may_leave_the_range(inspector):
     k, s, own = inspector.knobs, inspector.session, inspector.selected
