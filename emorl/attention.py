@@ -107,6 +107,10 @@ class BottomUp(nn.Module):
         "The learned Gaussian that every slot starts from."
         return SlotGaussian(*(p.expand(batch, num_slots, -1) for p in (self.loc, self.raw)))
 
+    def sow(self, features:Float[Tensor, 'b h w f'], num_seeds:int)->Int[Tensor, 'b n']:
+        "Positions for slots to start from, see `seeds`."
+        return seeds(self.to_k(features), num_seeds, tolerance=self.tolerance)
+
     def ask(self, slots:Float[Tensor, 'b k d'])->Float[Tensor, 'b k d']:
         "What slots ask the keys."
         return self.to_q(self.norm_slots(slots))*slots.shape[-1]**-.5
@@ -138,6 +142,7 @@ class BottomUp(nn.Module):
         num_layers:int,                    # L
         draw,                              # SlotGaussian to slots; the first call must be random, to tell slots apart
         places:tuple=None,                 # Where their rows and columns are; None: slots are not anchored
+        at:Int[Tensor, 'b k']=None,        # Where seeded slots start; None: at their own `sow`
     )->tuple[SlotGaussian, Tensor, tuple]: # Posterior and slots of the last layer, and all `Layer`s
         "Infer slots bottom-up. Without layers, the initial Gaussian is the posterior."
         posterior = self.initial(len(features), num_slots)
@@ -147,7 +152,7 @@ class BottomUp(nn.Module):
         if num_layers: keys, values, seen = self.to_k(features), self.to_v(features), self.to_cells(features) if self.cells else None
         apart = None
         if num_layers and self.seeded:
-            at = seeds(keys.unflatten(1, grid), num_slots, tolerance=self.tolerance)
+            if at is None: at = seeds(keys.unflatten(1, grid), num_slots, tolerance=self.tolerance)
             apart = paths(at, keys.unflatten(1, grid), tolerance=self.tolerance).flatten(2)/2*keys.shape[-1]**-.5 # Once more, for now they are learned from
         for l in range(num_layers):
             if not self.seeded: asked = self.ask(slots), keys

@@ -90,7 +90,7 @@ def load(
 # %% ../nbs/api/40_checkpoint.ipynb #0fc306f5
 def _trained(model): return [n for n, p in model.named_parameters() if p.requires_grad]
 
-_published_options = {'encoder': ({},), 'decoder_options': ({},), 'decoder': ('small', 'iodine', 'big'), 'shrinkage': (0.,), 'anchored': (False,), 'glimpse': (0,), 'tolerance': (0.,), 'seeded': (False,), 'refiner': ('published',)} # What the published code knows of ours
+_published_options = {'encoder': ({},), 'decoder_options': ({},), 'decoder': ('small', 'iodine', 'big'), 'shrinkage': (0.,), 'anchored': (False,), 'glimpse': (0,), 'tolerance': (0.,), 'spare_seeds': (0,), 'seeded': (False,), 'refiner': ('published',)} # What the published code knows of ours
 
 def import_published(
     path:str|Path,      # A `.pth` of the published code

@@ -209,6 +209,7 @@ def emorl_evaluate(
     num_images:int=None,               # The first so many (default: all; 320 of an endless dataset)
     num_refinements:int=None,          # I (default: the model's)
     num_slots:int=None,                # K (default: the model's)
+    spare_seeds:int=None,              # Seeds offered in exchange (default: the model's)
     means:bool=False,                  # Posterior means after the initial draw, in place of samples (published: samples)
     mask_size:int=None,                # Judge masks at this size, as 192 for CLEVR (default: that of the images)
     batch_size:int=32,                 # Changes the speed, not the result
@@ -221,7 +222,7 @@ def emorl_evaluate(
 ):
     "How well models segment, reconstruct and explain datasets, as tables with intervals."
     names = [m for m in metrics or ['published'] if m != 'activeness']
-    options = dict(num_images=num_images, batch_size=batch_size, num_refinements=num_refinements, num_slots=num_slots, sample=not means, metrics=names if metrics else None, every_step=steps, decode_chunk=decode_chunk, precision=precision, shared=_world() > 1)
+    options = dict(num_images=num_images, batch_size=batch_size, num_refinements=num_refinements, num_slots=num_slots, spare_seeds=spare_seeds, sample=not means, metrics=names if metrics else None, every_step=steps, decode_chunk=decode_chunk, precision=precision, shared=_world() > 1)
     results = {}
     with _processes() as (speaks, device):
         for name in model:

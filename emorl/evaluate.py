@@ -275,6 +275,7 @@ def evaluate(
     seed:int=0,                # Of the noise
     num_refinements:int=None,  # I; None: the model's
     num_slots:int=None,        # K; None: the model's
+    spare_seeds:int=None,      # Seeds offered in exchange; None: the model's
     sample:bool=True,          # As published; False: posterior means after the initial draw, as `encode` has them
     metrics=None,              # Names of metrics and groups, see `metric_names`; None: 'published'
     every_step:bool=False,     # Measure every layer and refinement
@@ -296,14 +297,14 @@ def evaluate(
     if n < 1: raise EmorlError(f'There is nothing to evaluate in {dataset.name}.')
     for option, value, least in (('num_slots', k, 1), ('num_refinements', i, 0), ('batch_size', batch_size, 1)):
         if value < least: raise EmorlError(f'{option} is at least {least}; got {value}.')
-    options = dict(num_refinements=i, num_slots=k, sample=sample, gradient_batch=gradient_batch, decode_chunk=decode_chunk, precision=lookup(precision, precisions, 'precision'))
+    options = dict(num_refinements=i, num_slots=k, spare_seeds=spare_seeds, sample=sample, gradient_batch=gradient_batch, decode_chunk=decode_chunk, precision=lookup(precision, precisions, 'precision'))
     parts = {}
     for number, indices in progress(_share(np.split(np.arange(n), range(batch_size, n, batch_size)), shared)):
         parts[number] = _one_batch(model, dataset, judge, indices, names, every_step, factors, seed, iwae_samples, options)
     values, steps, more = zip(*_gather(parts, shared))
     whole = _of_whole(names, more, dataset, seed)
     steps = {s: _joined([p[s] for p in steps]) for s in steps[0]}
-    return Results(dataset.name, _joined(values), steps, whole, dict(seed=seed, num_slots=k, num_refinements=i, num_layers=c.num_layers, sample=sample, precision=precision))
+    return Results(dataset.name, _joined(values), steps, whole, dict(seed=seed, num_slots=k, num_refinements=i, num_layers=c.num_layers, spare_seeds=getattr(c, 'spare_seeds', 0) if spare_seeds is None else spare_seeds, sample=sample, precision=precision))
 
 def _one_batch(model, dataset, judge, indices, names, every_step, factors, seed, iwae_samples, options):
     "What `evaluate` keeps of a batch."

@@ -53,6 +53,10 @@ def _refinements(model, base, new):
     i = model.config.num_refinements
     return [Condition('refinements', str(n), base, {'num_refinements': n}, n == i) for n in sorted({0, 1, 2, i, i + 1, 2*i, 3*i})] if i else []
 
+def _spare(model, base, new):
+    c = model.config
+    return [Condition('spare seeds', str(n), base, {'spare_seeds': n}, n == c.spare_seeds) for n in sorted({0, 1, 2, 4, c.spare_seeds})] if getattr(c, 'seeded', False) else []
+
 def _objects(model, base, new):
     least, most = published_objects[base.name]
     more = [r for r in ((most + 1, most + 1), (most + 2, most + 2)) if r[1] <= {'tetrominoes': 5}.get(base.name, 10)]
@@ -65,7 +69,7 @@ def _occlusion(model, base, new):
 
 def _range(r): return str(r[0]) if r[0] == r[1] else f'{r[0]} to {r[1]}'
 
-studies = {'slots': _slots, 'refinements': _refinements, 'objects': _objects, 'occlusion': _occlusion}
+studies = {'slots': _slots, 'refinements': _refinements, 'spare seeds': _spare, 'objects': _objects, 'occlusion': _occlusion}
 
 def conditions(
     model:SlotModel,

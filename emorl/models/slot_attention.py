@@ -73,6 +73,7 @@ def infer(self:SlotAttention,
     num_refinements:int=None,        # None or 0
     num_slots:int=None,              # K; None: the configuration's
     num_layers:int=None,             # Iterations; None: the configuration's
+    spare_seeds:int=None,            # Not used: it has no seeds
     sample:bool=True,                # Not used: only the initial slots are random
     noise:Iterable[Tensor]=None,     # Of the initial slots, one tensor [b k d] or [b*k d]; None: fresh
     gradient_batch:int=1,            # Not used
