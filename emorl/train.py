@@ -188,6 +188,9 @@ class _Stop:
         try:
             if self.asked: raise _GaveUp
             yield
+        except Exception: # A compiler wraps what is raised within it
+            if self.asked: raise _GaveUp from None
+            raise
         finally: self.raises = False
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()
