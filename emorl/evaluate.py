@@ -295,7 +295,7 @@ def evaluate(
     k, i = c.num_slots if num_slots is None else num_slots, c.num_refinements if num_refinements is None else num_refinements
     n = min(len(dataset), 320) if num_images is None else min(num_images, len(dataset))
     if n < 1: raise EmorlError(f'There is nothing to evaluate in {dataset.name}.')
-    for option, value, least in (('num_slots', k, 1), ('num_refinements', i, 0), ('batch_size', batch_size, 1)):
+    for option, value, least in (('num_slots', k, 1), ('num_refinements', i, 0), ('spare_seeds', spare_seeds or 0, 0), ('batch_size', batch_size, 1)):
         if value < least: raise EmorlError(f'{option} is at least {least}; got {value}.')
     options = dict(num_refinements=i, num_slots=k, spare_seeds=spare_seeds, sample=sample, gradient_batch=gradient_batch, decode_chunk=decode_chunk, precision=lookup(precision, precisions, 'precision'))
     parts = {}

@@ -55,6 +55,12 @@ def test_evaluate_as_json(trained, tmp_path):
     assert (folder/'slots.png').read_bytes().startswith(b'\x89PNG')
     assert (folder/'ARI.txt').read_text() == f"{res['ari_fg']['mean']:.3f},{res['ari_fg']['std']*.9**.5:.3f}\n" # NumPy's deviation divides by n
 
+def test_evaluate_otherwise(error):
+    plain, other = (json.loads(run('emorl_evaluate', 'tetrominoes_cpu', '--data', 'tetrominoes_real', '--json', *more)[0]) for more in ([], ['--means', '--spare-seeds', 2]))
+    assert [r['settings']['spare_seeds'] for r in (plain, other)] == [0, 2] and [r['settings']['sample'] for r in (plain, other)] == [True, False] and other['mse']['mean'] < plain['mse']['mean']
+    assert 'spare_seeds is at least 0; got -1' in error('emorl_evaluate', 'tetrominoes_cpu', '--spare-seeds=-1')
+    assert 'start at random' in error('emorl_evaluate', 'tetrominoes_plain_cpu', '--spare-seeds', 1)
+
 def test_evaluate_several_in_one_table(trained, tmp_path):
     out, _ = run('emorl_evaluate', trained, 'tetrominoes_cpu', '--data', 'tetrominoes_real', '--seeds', 0, 1, '--metrics', 'published', 'mbo_fg', '--steps', '--markdown', '--out', tmp_path)
     assert '| tetrominoes_real, 4 evaluations | mean | std | 95 % interval | images | each |' in out and '| failures | 50%' in out and '| ari_fg L1 |' in out
