@@ -117,6 +117,7 @@ class EfficientMORL(SlotModel, config=EmorlConfig):
         grid = features.shape[1:3]
         places = [pixel_centres(n, 1, features.device, features.dtype)[:, 0] for n in grid] if self.config.anchored else None
         at = None
+        if spare_seeds and not self.config.seeded: raise EmorlError('Slots of this model start at random: spare seeds want seeded=true.')
         if spare_seeds:
             none = features.new_zeros(len(image), num_slots, self.config.slot_size)
             def judge(at): return loss(*self.bottom_up(features, num_slots, num_layers, means := Draw(repeat(none)), places, at), means)
@@ -160,7 +161,6 @@ def infer(self:EfficientMORL,
     "Infer the slots of images, estimate by estimate (paper algorithm 1)."
     c, train, objective = self.config, torch.is_grad_enabled(), self.objective if objective is None else objective
     num_refinements, num_layers, spare_seeds = (b if a is None else a for a, b in ((num_refinements, c.num_refinements), (num_layers, c.num_layers), (spare_seeds, c.spare_seeds)))
-    if spare_seeds and not c.seeded: raise EmorlError('Slots of this model start at random, so that no seed can be spared: seeded=true.')
     draw, painting = Draw(noise, sample), painter(plain, train, decode_chunk, precision, coarse)
     def weigh(nll, kl): w_nll, w_kl = objective.weights; return w_nll*nll + w_kl*kl
     def loss(posterior, slots, layers, draw): return weigh(painting(self.decoder, self.likelihood, slots, image)[0], self._hierarchical_kl(posterior, layers, draw)[0])
@@ -176,8 +176,7 @@ def infer(self:EfficientMORL,
             else: kl = slot_kl(posterior, prior)
             nll, recon = painting(self.decoder, self.likelihood, slots, image)
             if i < num_refinements:
-                params = posterior.loc, posterior.raw
-                gradient = torch.autograd.grad(weigh(nll, kl).sum()/(1 if self.refiner.per_image else gradient_batch), params, retain_graph=train or i == 0, create_graph=train and plain)
+                gradient = torch.autograd.grad(weigh(nll, kl).sum()/(1 if self.refiner.per_image else gradient_batch), (posterior.loc, posterior.raw), retain_graph=train or i == 0, create_graph=train and plain)
         yield _record(train, posterior=posterior, slots=slots, recon=recon.detach(), nll=nll, kl=kl, attention=attention,
                       layers=layers if i == 0 else (), update_norm=norm, prior=prior if i else None)
         if i == num_refinements: return
