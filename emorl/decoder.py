@@ -146,10 +146,13 @@ class CanvasDecoder(nn.Module):
         extent:float=.3,        # Half the canvas's side at first, in halves of the picture
         contrast:float=4.,      # Factor on the canvas: how fast a mask can have edges
         slope:float=.1,         # Factor on the gain of a colour's slope
+        detail:int=0,           # Cells a side of a finer canvas, which is added to the mask; 0: none
+        detail_from:int=0,      # Training step from which it is
     ):
         super().__init__()
-        self.cells, self.shades, self.contrast = cells, shades, contrast
-        self.canvas = xavier_(mlp(slot_size, hidden, cells**2 + channels*shades**2), gain)
+        self.cells, self.shades, self.contrast, self.detail, self.detail_from = cells, shades, contrast, detail, detail_from
+        self.canvas = xavier_(mlp(slot_size, hidden, cells**2 + detail**2 + channels*shades**2), gain)
+        if detail: self.register_buffer('detailed', torch.tensor(detail_from <= 0))
         self.centre, self.extent = (xavier_(nn.Linear(slot_size, 2), g) for g in (.3, .5))
         self.colour = xavier_(nn.Linear(slot_size, 3*channels), 1.)
         spot = .5 - .75*torch.linspace(-1, 1, cells).square() # Half above zero, along each side
@@ -166,18 +169,24 @@ class CanvasDecoder(nn.Module):
         "Paint every slot."
         s, (h, w) = slots.flatten(0, 1), size
         pixels = pixel_centres(h, w, s.device, s.dtype)
-        mask, shades = (self.canvas(s)*self.contrast).tensor_split([self.cells**2], 1)
+        mask, detail, shades = (self.canvas(s)*self.contrast).tensor_split([self.cells**2, self.cells**2 + self.detail**2], 1)
         with torch.autocast(s.device.type, enabled=False): # Few bits would round the places
             frame = [(line, c, e.clamp(-4, 1).exp()) for line, c, e in zip((pixels[::w, 0], pixels[:w, 1]), self.centre(s).T, self.extent(s).T)]
             rgb = (pixels @ self.colour(s).unflatten(1, (3, -1))).mT.unflatten(2, (h, w))
             if self.shades: rgb = rgb + self._place(shades.to(rgb), frame, self.shades)
             logits = self._place(mask.to(rgb), frame, self.cells)
+            if self.detail: logits = logits + self._place(detail.to(rgb)*self.detailed, frame, self.detail)
         return Reconstruction(*(t.unflatten(0, slots.shape[:2]) for t in (rgb.sigmoid(), logits)))
 
     def _place(self, canvas, frame, cells):
         "Canvases [n c*cells*cells] in the picture: [n c h w]."
         rows, columns = (tents(*line, cells)[:, None] for line in frame)
         return rows @ canvas.unflatten(1, (-1, cells, cells)) @ columns.mT
+
+    @torch.no_grad()
+    def update(self, nll, step:int):
+        "After a training step, counted from 0: whether the finer canvas is added by now."
+        if self.detail: self.detailed.fill_(step + 1 >= self.detail_from)
 
 # %% ../nbs/api/21_decoder.ipynb #76ca160f
 decoders = {

@@ -135,8 +135,8 @@ _tetrominoes_plain_cpu = Experiment('tetrominoes_plain_cpu', 'tetrominoes',
         eval_every=650, save_every=1300))
 
 _cpu = [
-    _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 3000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), tolerance=2., geco_target=-2.2876,
-        geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(cells=5, shades=32, hidden=512)),
+    _for_one_core('tetrominoes_cpu', 'tetrominoes', 4, 5000, (2, 1, 1, 1), ((0, 1),), image_size=(35, 35), tolerance=2., spare_seeds=4, geco_target=-2.2876,
+        geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(cells=5, detail=9, detail_from=1500, shades=32, hidden=512)),
     _for_one_core('multi_dsprites_cpu', 'multi_dsprites_colored_on_grayscale', 6, 8000, refinements=((0, 2), (4000, 4)), num_refinements=4, spare_seeds=2, std=.2, geco_target=-1.602,
         geco_options=dict(start=1500, step_size=3e-5), decoder_options=dict(hidden=512)),
     _for_one_core('clevr6_cpu', 'clevr6', 7, 3000, decoder_options=dict(shades=16)),

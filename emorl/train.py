@@ -143,7 +143,7 @@ def train_step(
     scalars = torch.stack(parts).mean(0)
     if accelerator: scalars = accelerator.reduce(scalars, 'mean')
     sound = _sound(scalars, norm, images[0].numel(), config.explode)
-    if sound: optimizer.step(); bare.objective.update(scalars[1], step)
+    if sound: optimizer.step(); bare.advance(scalars[1], step)
     return _to_log(scalars.tolist(), norm, bare.objective, learning_rate(step, config)) | ({} if sound else {'skipped': 1})
 
 def _to_log(scalars, norm, objective, lr):

@@ -153,6 +153,13 @@ class SlotModel(nn.Module, PyTorchModelHubMixin, library_name='emorl', license='
     def training_loss(self, steps:list[Step], objective=None)->Float[Tensor, '']:
         "What training descends: the objective of the last estimate."
         return (objective or self.objective)(steps[-1].nll, steps[-1].kl)
+    def advance(self,
+        nll:Float[Tensor, ''], # Mean of the last estimates, over all images of all processes
+        step:int,              # The training step just made, from 0
+    ):
+        "What a training step changes beside the weights: objective and decoder `update`, where they can."
+        for part in (self.objective, getattr(self, 'decoder', None)):
+            if hasattr(part, 'update'): part.update(nll, step)
 
 # %% ../../nbs/api/2C_slot_model.ipynb #5130b1a8
 def encode(self:SlotModel,
