@@ -19,6 +19,7 @@ shapes = {
     'one layer':    dict(num_layers=1, num_refinements=1),
     'no layer':     dict(num_layers=0, num_refinements=2, geco_target=-1.),
     'no refinement any more': dict(num_layers=1, num_refinements=1, refinements=[[0, 1], [4, 0], [8, 1]]),
+    'detail on the way': dict(num_layers=1, num_refinements=1, decoder='canvas', decoder_options=dict(cells=4, hidden=16, detail=6, detail_from=5)),
     'no refinement': dict(num_refinements=0, hierarchy='bottom_up', gru='single'),
 }
 
