@@ -8,7 +8,7 @@ from emorl.presets import override, presets, run_experiment
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_minute_of_training_binds(seed, tmp_path):
-    "500 of the 3,000 steps: slots hold objects, shades are still faint."
+    "500 of the 5,000 steps: slots hold objects, shades are still faint, masks have no detail yet."
     _, res = run_experiment(override(presets['tetrominoes_cpu'], dict(num_steps=500, seed=seed)), tmp_path, progress=False)
     assert res['ari_fg'] > .85 and res['mse'] < .02, res
 
