@@ -6,6 +6,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 pages = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+own = 'emorl/emorl' # Where the badges and links of pages lead
 named = dict(argvalues=pages, ids=lambda p: p.relative_to(root/'nbs').as_posix())
 
 def cells(page, kind=None): return [c for c in json.loads(page.read_text(encoding='utf-8'))['cells'] if kind in (None, c['cell_type'])]
@@ -109,6 +110,15 @@ def test_api_page_tells_shows_and_asserts(page):
 def test_definitions_are_short(path):
     found = [n for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert [f'{n.name}: {n.end_lineno - n.lineno + 1} lines' for n in found if n.end_lineno - n.lineno >= 40] == []
+
+@pytest.mark.parametrize('page', [p for p in pages if p.parent.name == 'tutorials'], ids=lambda p: p.name)
+def test_tutorial_opens_in_colab(page):
+    assert f'https://colab.research.google.com/github/{own}/blob/main/{page.relative_to(root).as_posix()})' in source(cells(page)[0])
+
+@pytest.mark.parametrize('page', **named)
+def test_links_into_the_own_repository_lead_somewhere(page):
+    links = re.findall(rf'github(?:\.com)?/{own}/(?:blob|tree)/main/([^)\s#"]+)', '\n'.join(map(source, cells(page, 'markdown'))))
+    assert [o for o in links if not (root/o).exists()] == []
 
 # ---- the front page
 
