@@ -57,7 +57,7 @@ def test_evaluate_as_json(trained, tmp_path):
 
 def test_evaluate_otherwise(error):
     plain, other = (json.loads(run('emorl_evaluate', 'tetrominoes_cpu', '--data', 'tetrominoes_real', '--json', *more)[0]) for more in ([], ['--means', '--spare-seeds', 2]))
-    assert [r['settings']['spare_seeds'] for r in (plain, other)] == [0, 2] and [r['settings']['sample'] for r in (plain, other)] == [True, False] and other['mse']['mean'] < plain['mse']['mean']
+    assert [r['settings']['spare_seeds'] for r in (plain, other)] == [4, 2] and [r['settings']['sample'] for r in (plain, other)] == [True, False] and other['mse']['mean'] < plain['mse']['mean']
     assert 'spare_seeds is at least 0; got -1' in error('emorl_evaluate', 'tetrominoes_cpu', '--spare-seeds=-1')
     assert 'start at random' in error('emorl_evaluate', 'tetrominoes_plain_cpu', '--spare-seeds', 1)
 
