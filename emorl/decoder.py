@@ -150,6 +150,7 @@ class CanvasDecoder(nn.Module):
         detail_from:int=0,      # Training step from which it is
     ):
         super().__init__()
+        if cells < 1 or shades < 0 or detail < 0: raise EmorlError(f'The canvas of a mask has at least one cell a side, shades and detail have some or none; got cells {cells}, shades {shades}, detail {detail}.')
         self.cells, self.shades, self.contrast, self.detail, self.detail_from = cells, shades, contrast, detail, detail_from
         self.canvas = xavier_(mlp(slot_size, hidden, cells**2 + detail**2 + channels*shades**2), gain)
         if detail: self.register_buffer('detailed', torch.tensor(detail_from <= 0))

@@ -1,12 +1,14 @@
 "The house rules: floors, and what every page must have and must not hold."
 import ast, json, re
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parents[1]
 pages = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-own = 'emorl/emorl' # Where the badges and links of pages lead
+ini = ConfigParser(delimiters='='); ini.read(root/'settings.ini', encoding='utf-8')
+own = '{user}/{repo}'.format(**ini['DEFAULT']) # Where the badges and links of pages lead
 named = dict(argvalues=pages, ids=lambda p: p.relative_to(root/'nbs').as_posix())
 
 def cells(page, kind=None): return [c for c in json.loads(page.read_text(encoding='utf-8'))['cells'] if kind in (None, c['cell_type'])]
